@@ -1,0 +1,37 @@
+# Everything runs from .venv, which the first target that needs it makes. Needs Python 3.10 to 3.13 (tested with 3.11) and about 7 GB of disk.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN = .venv/bin
+INSTALLED = .venv/.installed
+
+.PHONY: help install demo test test-slow export readme clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(INSTALLED) ## make .venv and install the pinned versions (a few minutes)
+
+$(INSTALLED): settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install ## train, prune and fine-tune a small ViT on handwritten digits
+	$(BIN)/attn_diversity_demo
+
+test: install ## every notebook and tests/, without slow and GPU cells
+	$(BIN)/nbdev_test --n_workers 0 --do_print --timing
+	$(BIN)/python -m pytest -q tests
+
+test-slow: install ## the same with the slow cells
+	$(BIN)/nbdev_test --n_workers 0 --do_print --timing --flags slow
+	$(BIN)/python -m pytest -q tests
+
+export: install ## notebooks to modules, and clean notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: install ## README.md from nbs/index.ipynb
+	$(BIN)/python .ci/readme.py
+
+clean: ## remove what commands and builds wrote
+	rm -rf _proc _docs build dist attn_diversity_demo attn_diversity_train
