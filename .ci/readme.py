@@ -1,0 +1,31 @@
+"Make README.md from nbs/index.ipynb as nbdev processes it, by nbconvert: `nbdev_readme` wants Quarto."
+import re, sys
+from pathlib import Path
+import nbformat, yaml
+from nbconvert import MarkdownExporter
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+
+root = Path(__file__).resolve().parent.parent
+
+def readme():
+    "The README's text, and its pictures by file name"
+    refresh_quarto_yml()
+    proc_nbs(n_workers=0)
+    nb = nbformat.read(root/'_proc'/'index.ipynb', as_version=4)
+    nb.metadata['language_info'] = dict(name='python') # for the code fences
+    front = yaml.safe_load(nb.cells.pop(0).source.strip().strip('-')) # nbdev makes it of the title and the line below
+    for c in nb.cells: # directives that only Quarto acts on
+        if c.cell_type=='code': c.source = '' if 'echo: false' in c.source else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    text,found = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir='index_files', unique_key='index'))
+    text = re.sub(r'```\w*\s*```\n', '', text) # the hidden code's
+    text = text.replace('![png]', '![What is left of two photographs after each stage]')
+    text = f"# {front['title']}\n\n> {front['description']}\n\n{text.strip()}\n"
+    return re.sub(r'\n\s*\n\s*\n+', '\n\n', text), found['outputs']
+
+if __name__=='__main__':
+    text,pictures = readme()
+    (root/'README.md').write_text(text, encoding='utf-8')
+    for name,data in pictures.items():
+        (root/name).parent.mkdir(exist_ok=True); (root/name).write_bytes(data)
+    print(f"README.md and {len(pictures)} picture(s)", file=sys.stderr)
