@@ -27,7 +27,7 @@ def kept_count(
     "ceil(keep_rate * n), not fooled by floating point"
     return math.ceil(keep_rate*n - 1e-9)
 
-# %% ../nbs/03_pruning.ipynb #8b12ab8e
+# %% ../nbs/03_pruning.ipynb #77d2831f
 def _take(x, ids): # tokens [B, N, C] at ids [B, K] -> [B, K, C]
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
@@ -55,7 +55,7 @@ class PrunedBlock(Block):
         k = kept_count(n, self.keep_rate)
         if attn_mask is not None and self.stage: attn_mask = self.shared.mask
         if k==n:
-            self._tell(x, torch.arange(n, device=x.device).expand(x.shape[0], n), attn_mask)
+            self._tell(n, None, attn_mask)
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         if is_causal: raise ValueError("is_causal=True: the class token comes first and would see no patch, so there is nothing to prune by. Use attn_mask.")
         a,rows = attend(self.attn, self.norm1(x), attn_mask)
@@ -76,13 +76,13 @@ class PrunedBlock(Block):
             raw = self.fuse=='raw'
             weights = (scores if raw else rank).gather(1, gone)
             left = torch.cat([left, fuse_tokens(_take(x, gone+self.n_prefix), weights, self.temperature, raw)], 1)
-        self._tell(x, kept, None if attn_mask is None else _narrow(attn_mask, ids, gone+self.n_prefix if self.fuse else None))
+        self._tell(rows.shape[-1], kept, None if attn_mask is None else _narrow(attn_mask, ids, gone+self.n_prefix if self.fuse else None))
         return left
 
-    def _tell(self, x, kept, mask):
-        "What the blocks behind and `trace_patches` need to know"
+    def _tell(self, n, kept, mask):
+        "What the blocks behind and `trace_patches` need to know: `kept` of `n` tokens, None for all"
         if mask is not None: self.shared.mask = mask
-        if self.shared.log is not None: self.shared.log.append((kept, x.shape[1]-self.n_prefix))
+        if self.shared.log is not None: self.shared.log.append((n, kept))
 
     def extra_repr(self):
         return f"keep_rate={self.keep_rate}, indicator={indicator_name(self.indicator)}, fuse={self.fuse!r}, temperature={self.temperature:g}"
@@ -169,7 +169,7 @@ def set_keep_rate(
     for b,r in zip(stages, _keep_rates(keep_rate, len(stages))): b.keep_rate = r
     return model
 
-# %% ../nbs/03_pruning.ipynb #2ea95004
+# %% ../nbs/03_pruning.ipynb #bc096408
 def stage_tokens(
     model:nn.Module, # a pruned model
     n_patches:int=None # patches of one image; default those of the model's image size
@@ -195,11 +195,11 @@ def trace_patches(
     finally:
         log,shared.log = shared.log,None
         for m in training: m.training = True
-    ids,traces = None,[]
-    for b,(kept,n) in zip(stages.values(), log):
-        if ids is None: ids = torch.arange(n, device=kept.device).expand(len(kept), n)
-        ids = ids.gather(1, kept)
-        if b.fuse and kept.shape[1]<n: ids = torch.cat([ids, ids.new_full((len(ids),1), -1)], 1)
+    ids,traces = torch.arange(log[0][0], device=x.device).expand(x.shape[0], -1),[]
+    for b,(n,kept) in zip(stages.values(), log):
+        if kept is not None:
+            ids = ids.gather(1, kept)
+            if b.fuse: ids = torch.cat([ids, ids.new_full((len(ids),1), -1)], 1)
         traces.append(ids)
     return traces
 
