@@ -10,8 +10,6 @@ import copy, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-import fastai.callback.progress # progress bars
-import fastai.callback.schedule # fit_one_cycle
 from fastai.callback.progress import CSVLogger
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
@@ -95,7 +93,7 @@ def demo_vit(
 ): # a Learner
     "The demo's ViT, untrained: 12 blocks, 6 heads, 36 patches"
     dls = digits_dls(batch_size=32) if dls is None else dls
-    learn = prune_learner(dls, 'vit_tiny_patch16_224', indicator, keep_rate, pretrained=False, patch_size=4, embed_dim=96, depth=12, num_heads=6)
+    learn = prune_learner(dls, 'vit_tiny_patch16_224', indicator, keep_rate, pretrained=False, lr=1e-3, patch_size=4, embed_dim=96, depth=12, num_heads=6)
     # Digits differ by where their strokes are. timm's position embedding (std 0.02) would need epochs to grow out of the patch embedding's shadow.
     torch.nn.init.normal_(learn.model.pos_embed, std=.3)
     return learn

@@ -9,6 +9,7 @@ __all__ = ['decay_groups', 'CosineSchedule', 'load_weights', 'prune_learner', 's
 import json
 from functools import partial
 from pathlib import Path
+import fastai.callback.all # gives a Learner fit_one_cycle, lr_find, to_fp16 and progress bars
 import safetensors.torch, timm, torch
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.data.all import DataLoaders, Normalize, Pipeline, get_c
@@ -102,7 +103,7 @@ def prune_learner(
     temperature:float=None, # tau of eq. 8; default the indicator's own
     pretrained:bool=True, # weights from timm's hub, unless there is a checkpoint
     checkpoint=None, # weights from a safetensors or .pth file instead
-    lr:float=1e-3, # learning rate that the cosine starts from
+    lr:float=3e-5, # learning rate that the cosine starts from; a rate for fine-tuning with small batches
     wd:float=0.05, # weight decay of AdamW, for matrices only
     loss_func=None, # default cross-entropy
     metrics=accuracy, # fastai metrics

@@ -25,7 +25,7 @@ def kept_count(
     keep_rate:float # share to keep, in (0, 1]
 )->int: # from 1 to n
     "ceil(keep_rate * n), not fooled by floating point"
-    return math.ceil(keep_rate*n - 1e-9)
+    return max(1, math.ceil(keep_rate*n - 1e-9))
 
 # %% ../nbs/03_pruning.ipynb #77d2831f
 def _take(x, ids): # tokens [B, N, C] at ids [B, K] -> [B, K, C]
@@ -145,8 +145,8 @@ def prune_vit(
     for i,b in enumerate(model.blocks):
         if i<min(blocks): continue
         b.__class__,b.shared = PrunedBlock if i in rates else LaterBlock, shared
-        if i in rates:
-            b.stage,b.keep_rate,b.indicator,b.fuse,b.temperature,b.n_prefix = sorted(blocks).index(i),rates[i],indicator,fuse,temperature,model.num_prefix_tokens
+        if i in rates: # straight into __dict__: an indicator that is an nn.Module must not become part of the state dict
+            b.__dict__.update(stage=sorted(blocks).index(i), keep_rate=rates[i], indicator=indicator, fuse=fuse, temperature=temperature, n_prefix=model.num_prefix_tokens)
     return model
 
 def unprune_vit(
@@ -188,6 +188,7 @@ def trace_patches(
 )->list: # a tensor a stage [B, n]: ids of the patches left, row by row from the top left, in the order of the sequence; -1 for a fusion token
     "Which original patches are still there after each stage"
     stages = _pruned(model)
+    if x.dim()!=4: raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
     shared = next(iter(stages.values())).shared
     training = [m for m in model.modules() if m.training]
     shared.log = []

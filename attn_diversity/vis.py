@@ -48,8 +48,6 @@ def show_stages(
     axs=None # axes [B, stages + 1] to draw on
 )->plt.Figure: # B rows: the image, then what is left after each stage
     "The patches that are left after each stage (the paper's Figure 2)"
-    x = torch.as_tensor(x)
-    if x.dim()!=4: raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
     config,traces,cfg = pruning_config(model),trace_patches(model, x),getattr(model, 'pretrained_cfg', {})
     if images is None: images = denormalise(x, cfg.get('mean', timm.data.IMAGENET_DEFAULT_MEAN), cfg.get('std', timm.data.IMAGENET_DEFAULT_STD))
     grid = model.patch_embed.dynamic_feat_size(x.shape[-2:]) if model.dynamic_img_size else model.patch_embed.grid_size
