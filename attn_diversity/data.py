@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['VALID_NAMES', 'split_by_class', 'folder_dls', 'digits_dls']
 
-# %% ../nbs/08_data.ipynb #81c1d386
+# %% ../nbs/08_data.ipynb #caaedf50
 import warnings
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
 from fastai.data.all import CategoryBlock, Categorize, DataBlock, DataLoaders, Datasets, IndexSplitter
-from fastai.vision.all import FlipItem, ImageBlock, PadMode, RandomCrop, Resize, TensorImage, aug_transforms, verify_image
+from fastai.vision.all import FlipItem, ImageBlock, PadMode, RandomCrop, Resize, TensorImage, aug_transforms, image_extensions, verify_image
 from fastcore.all import defaults, parallel
 from sklearn.datasets import load_digits
 
@@ -36,7 +36,7 @@ def split_by_class(
         valid.append(ids[:n]); train.append(ids[n:])
     return np.sort(np.concatenate(train)),np.sort(np.concatenate(valid))
 
-# %% ../nbs/08_data.ipynb #9cbf6a9f
+# %% ../nbs/08_data.ipynb #0f8538d3
 VALID_NAMES = ('val','valid','validation','test')
 
 def _label(path, root, split): # the class folder's name
@@ -63,10 +63,13 @@ def folder_dls(
     if img_size<1 or batch_size<1: raise ValueError(f"img_size={img_size}, batch_size={batch_size}: both must be at least 1.")
     val = next((n for n in VALID_NAMES if (path/n).is_dir()), None)
     split = (path/'train').is_dir() and val is not None
+    if not split and (path/'train').is_dir(): path = path/'train'
     roots = [path/'train', path/val] if split else [path]
     found = [_class_files(r) for r in roots]
     for r,classes in zip(roots, found):
         if len(classes)<2: raise ValueError(f"{r} holds {len(classes)} class folders ({', '.join(classes) or 'none'}); at least 2 are needed. {want}")
+    stray = [f for r in roots for f in sorted(r.iterdir()) if f.suffix.lower() in image_extensions]
+    if stray: warnings.warn(f"{len(stray)} images are in no class folder, and not used: {_names(stray, path)}")
     files = [f for classes in found for fs in classes.values() for f in fs]
     ok = parallel(verify_image, files, n_workers=defaults.cpus, threadpool=True, progress=len(files)>5000) if verify else [True]*len(files)
     bad = [f for f,good in zip(files, ok) if not good]
