@@ -34,11 +34,10 @@ def _seconds_an_epoch(learn, epochs, fit, **kw): # runs `fit` and returns wall s
     fit(epochs, **kw)
     return (time.perf_counter()-start)/epochs
 
-def _free_folder(out, overwrite=True, files=()): # the folder, made if needed; without `overwrite` it must hold none of the files
+def _free_folder(out, overwrite, files): # the folder; without `overwrite` it must hold none of the files
     out = Path(out).expanduser()
     there = [f for f in files if (out/f).exists()]
     if there and not overwrite: raise FileExistsError(f"{out} already holds {', '.join(there)}: choose another --out, or pass --overwrite to replace them.")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 # %% ../nbs/14_commands.ipynb #ff01c226
@@ -71,6 +70,7 @@ def train(
         print(f"{len(dls.train_ds)} photographs to train on, {len(dls.valid_ds)} to validate, {len(dls.vocab)} classes: {', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}")
         set_seed(seed)
         learn = prune_learner(dls, arch, indicator, keep_rate, fuse=not no_fuse, temperature=temperature, pretrained=not scratch, checkpoint=checkpoint, lr=lr, wd=wd, path=out)
+        out.mkdir(parents=True, exist_ok=True) # only now: a mistake leaves nothing behind
     print(f"{arch}: {' -> '.join(map(str, stage_tokens(learn.model)))} tokens, by {indicator}")
     set_seed(seed) # the same order of photographs, whatever random numbers the weights needed
     seconds = _seconds_an_epoch(learn, epochs, learn.fit, cbs=CSVLogger('history.csv'))
@@ -111,7 +111,8 @@ def demo(
     with _plain_errors('attn_diversity_demo'):
         _keep_rates(keep_rate, 1)
         if epochs<1 or tune_epochs<1: raise ValueError(f"epochs={epochs}, tune_epochs={tune_epochs}: at least 1 of each is needed.")
-        out = _free_folder(out)
+        out = Path(out).expanduser()
+        out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     dls = digits_dls(batch_size=32, seed=seed)
     set_seed(seed)
