@@ -18,13 +18,17 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 demo: install ## train, prune and fine-tune a small ViT on handwritten digits
 	$(BIN)/attn_diversity_demo
 
+SHARED = @test -d ../shared || echo 'SKIPPED: there is no ../shared beside the project, so notebooks take untrained weights (or a hub) and leave out what needs its data.'
+
 test: install ## every notebook and tests/, without slow and GPU cells
+	$(SHARED)
 	$(BIN)/nbdev_test --n_workers 0 --do_print --timing
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -rs tests
 
 test-slow: install ## the same with the slow cells
+	$(SHARED)
 	$(BIN)/nbdev_test --n_workers 0 --do_print --timing --flags slow
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -rs tests
 
 export: install ## notebooks to modules, and clean notebooks
 	$(BIN)/nbdev_export
