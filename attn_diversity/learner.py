@@ -120,11 +120,13 @@ def prune_learner(
         if kwargs: raise ValueError(f"{', '.join(kwargs)}: these are for timm.create_model, and the model is made already.")
         model = arch
     prune_vit(model, keep_rate, indicator, blocks, fuse, temperature)
-    if problem := _misfit(model, size):
-        unprune_vit(model)
-        raise ValueError(problem)
-    if model.num_classes!=n_classes: model.reset_classifier(n_classes) # of a model that was made elsewhere
-    if checkpoint is not None: load_weights(model, checkpoint)
+    try:
+        if problem := _misfit(model, size): raise ValueError(problem)
+        if model.num_classes!=n_classes: model.reset_classifier(n_classes) # of a model that was made elsewhere
+        if checkpoint is not None: load_weights(model, checkpoint) # the head, too, where it fits
+    except Exception:
+        unprune_vit(model) # a model of the user's own can be tried again
+        raise
     cfg = model.pretrained_cfg if hasattr(model, 'pretrained_cfg') else {}
     mean,std = (list(cfg.get(k, v)) for k,v in (('mean', timm.data.IMAGENET_DEFAULT_MEAN), ('std', timm.data.IMAGENET_DEFAULT_STD)))
     _normalise(dls, mean, std)
