@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['decay_groups', 'CosineSchedule', 'load_weights', 'prune_learner', 'save_vit', 'load_vit']
 
-# %% ../nbs/10_learner.ipynb #da1d5c2a
+# %% ../nbs/10_learner.ipynb #7872e08f
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import fastai.callback.all # gives a Learner fit_one_cycle, lr_find, to_fp16 and progress bars
@@ -23,7 +24,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from .indicators import INDICATORS
-from .pruning import prune_vit, pruning_config, unprune_vit
+from .overlap import OverlapPatchEmbed, overlap_patches
+from .pruning import prune_vit, pruning_config
 
 # %% ../nbs/10_learner.ipynb #c6c2e797
 def decay_groups(
@@ -62,7 +64,7 @@ def load_weights(
     print(f"{path.name}: {len(fits)} of {len(own)} tensors loaded. " + '; '.join(said))
     return report
 
-# %% ../nbs/10_learner.ipynb #ccf30aac
+# %% ../nbs/10_learner.ipynb #7f4f864e
 def _normalise(dls, mean, std): # images as the architecture wants them, in place of an earlier architecture's
     norm = Normalize.from_stats(mean, std)
     norm.by_arch = True
@@ -82,12 +84,30 @@ def _create(arch, n_classes, img_size, pretrained, **kw): # a timm model; withou
 
 def _misfit(model, side): # what is wrong with images of that size for the model, if anything
     h,w = (side,side) if isinstance(side, int) else side
-    want,patch = model.patch_embed.img_size,model.patch_embed.patch_size
-    if h%patch[0] or w%patch[1]:
+    embed,want,patch = model.patch_embed,model.patch_embed.img_size,model.patch_embed.patch_size
+    if isinstance(embed, OverlapPatchEmbed): embed.dynamic_feat_size((h,w)) # any size that holds a patch
+    elif h%patch[0] or w%patch[1]:
         low = h//patch[0]*patch[0]
         return f"Images of {h} x {w} pixels do not divide into patches of {patch[0]} x {patch[1]}: make the data with img_size={low or patch[0]} or {low+patch[0]}."
     if not model.dynamic_img_size and want not in (None, (h,w)):
         return f"The model takes images of {want[0]} x {want[1]} pixels, the data has {h} x {w}: make it with img_size={side}, or call model.set_input_size({side})."
+
+def _stride(model): # of overlapping patches, None for ordinary ones
+    embed = getattr(model, 'patch_embed', None)
+    return embed.proj.stride[0] if isinstance(embed, OverlapPatchEmbed) else None
+
+@contextmanager
+def _undone_on_error(model): # what happens to classes, attributes and modules of a model is undone if an error follows (the values of its tensors are not)
+    was = [(m, type(m), {k: (v, dict(v) if isinstance(v, dict) else None) for k,v in vars(m).items()}) for m in (model.modules() if isinstance(model, nn.Module) else ())]
+    try: yield
+    except Exception:
+        for m,kind,attrs in was:
+            m.__class__ = kind
+            vars(m).clear()
+            for k,(v,items) in attrs.items():
+                if items is not None: v.clear(); v.update(items) # the same dict: handles of hooks refer to it
+                vars(m)[k] = v
+        raise
 
 def _side(dls): # side of the images, (H, W) if they are no squares
     h,w = dls.one_batch()[0].shape[-2:]
@@ -101,6 +121,7 @@ def prune_learner(
     blocks=None, # indexes of the blocks that prune; default the quarter points of the depth
     fuse=True, # fold pruned tokens into one: True (eq. 8), 'raw' (EViT's weights) or False
     temperature:float=None, # tau of eq. 8; default the indicator's own
+    stride:int=None, # from one patch to the next, in pixels, at most the patch size: less makes them overlap; default as the model has it
     pretrained:bool=True, # weights from timm's hub, unless there is a checkpoint
     checkpoint=None, # weights from a safetensors or .pth file instead
     lr:float=3e-5, # learning rate that the cosine starts from; a rate for fine-tuning with small batches
@@ -119,23 +140,21 @@ def prune_learner(
     else:
         if kwargs: raise ValueError(f"{', '.join(kwargs)}: these are for timm.create_model, and the model is made already.")
         model = arch
-    prune_vit(model, keep_rate, indicator, blocks, fuse, temperature)
-    try:
+    with _undone_on_error(model):
+        if stride is not None: overlap_patches(model, stride) # weights of timm's hub are there already, those of a file are resampled to this grid
+        prune_vit(model, keep_rate, indicator, blocks, fuse, temperature)
         if problem := _misfit(model, size): raise ValueError(problem)
         if model.num_classes!=n_classes: model.reset_classifier(n_classes) # of a model that was made elsewhere
         if checkpoint is not None: load_weights(model, checkpoint) # the head, too, where it fits
-    except Exception:
-        unprune_vit(model) # a model of the user's own can be tried again
-        raise
     cfg = model.pretrained_cfg if hasattr(model, 'pretrained_cfg') else {}
     mean,std = (list(cfg.get(k, v)) for k,v in (('mean', timm.data.IMAGENET_DEFAULT_MEAN), ('std', timm.data.IMAGENET_DEFAULT_STD)))
     _normalise(dls, mean, std)
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat() if loss_func is None else loss_func, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), splitter=decay_groups,
                     lr=lr, wd=[0., wd], metrics=metrics, cbs=[CosineSchedule(), *([] if cbs is None else cbs if isinstance(cbs, (list,tuple)) else [cbs])], path=path)
-    learn.recipe = dict(arch=arch if isinstance(arch, str) else None, arch_args=kwargs, img_size=size, classes=[str(c) for c in getattr(dls, 'vocab', range(n_classes))], mean=mean, std=std)
+    learn.recipe = dict(arch=arch if isinstance(arch, str) else None, arch_args=kwargs, img_size=size, stride=_stride(model), classes=[str(c) for c in getattr(dls, 'vocab', range(n_classes))], mean=mean, std=std)
     return learn
 
-# %% ../nbs/10_learner.ipynb #0d802dea
+# %% ../nbs/10_learner.ipynb #bea549ba
 def save_vit(
     learn:Learner, # made by `prune_learner`
     folder, # where to write model.safetensors and model.json; made if needed
@@ -153,7 +172,7 @@ def save_vit(
 def load_vit(
     folder, # a folder that `save_vit` wrote
     indicator=None, # the indicator, where it was one of your own
-    model:nn.Module=None # the unpruned model, where `prune_learner` was given one instead of a name
+    model:nn.Module=None # a model like it, unpruned, where `prune_learner` was given one instead of a name
 )->nn.Module: # in eval mode on the CPU; `.recipe` holds classes, image size, mean and std
     "The model that `save_vit` saved"
     folder = Path(folder).expanduser()
@@ -167,8 +186,12 @@ def load_vit(
     if model is None:
         if made['arch'] is None: raise ValueError("This model was made outside of prune_learner, which cannot make it again: pass one like it as model=.")
         model = _create(made['arch'], len(made['classes']), size, False, **made['arch_args'])
-    prune_vit(model, **pruning)
-    try: model.load_state_dict(safetensors.torch.load_file(folder/'model.safetensors'))
-    except (SafetensorError, OSError, RuntimeError) as e: raise ValueError(f"{folder/'model.safetensors'} is missing, damaged, or of another model: {e}") from e
+    stride = made.get('stride') # old files know none
+    with _undone_on_error(model):
+        if stride is not None: overlap_patches(model, stride)
+        elif _stride(model) is not None: raise ValueError(f"The patches of the saved model do not overlap, those of the given one do, at a stride of {_stride(model)}: pass one that was not through overlap_patches.")
+        prune_vit(model, **pruning)
+        try: model.load_state_dict(safetensors.torch.load_file(folder/'model.safetensors'))
+        except (SafetensorError, OSError, RuntimeError) as e: raise ValueError(f"{folder/'model.safetensors'} is missing, damaged, or of another model: {e}") from e
     model.recipe = made
     return model.eval()
