@@ -39,7 +39,7 @@ def get_temperature(
 )->float: # in the unit of the scores
     "The temperature, checked; by default that of the indicator in `TEMPERATURES`, its own `temperature` attribute, or a plain average"
     if temperature is None:
-        named = [TEMPERATURES[n] for n,f in INDICATORS.items() if f is indicator]
+        named = [TEMPERATURES[n] for n,f in INDICATORS.items() if f is indicator and n in TEMPERATURES]
         return named[0] if named else getattr(indicator, 'temperature', math.inf)
     if not isinstance(temperature, Real) or not temperature>0:
         raise ValueError(f"temperature={temperature!r}: it must be a number above 0 (inf for a plain average), or None for the indicator's default.")
