@@ -38,4 +38,4 @@ readme: install ## README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
 
 clean: ## remove what commands and builds wrote
-	rm -rf _proc _docs build dist attn_diversity_demo attn_diversity_train
+	rm -rf _proc _docs build dist attn_diversity_bench attn_diversity_demo attn_diversity_train

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['speed_table', 'benchmark', 'plot_speed']
 
-# %% ../nbs/07b_bench.ipynb #95da4ad1
+# %% ../nbs/07b_bench.ipynb #160f757d
 import copy
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from torch import nn
 from .indicators import get_indicator
-from .measure import count_flops, device_name, throughput, training_throughput
+from .measure import count_flops, peak_memory, throughput, training_throughput
 from .overlap import overlap_patches
 from .pruning import _keep_rates, indicator_name, prune_vit
 
-# %% ../nbs/07b_bench.ipynb #5ff63597
+# %% ../nbs/07b_bench.ipynb #d242c4dd
 def speed_table(
     models:dict, # name: model of images; the first is what the others are compared with
     batch_size:int=32, # images a batch
@@ -22,7 +22,7 @@ def speed_table(
     training:bool=False, # training steps instead of inference
     **kwargs # for `throughput`: seconds, amp, channels_last, compile
 )->pd.DataFrame: # a row a model; `.attrs` says how it was measured
-    "GFLOPs, images/s, gain and realised saving of models that are timed in turn"
+    "GFLOPs, images/s, gain, realised saving and peak memory of models that are timed in turn"
     speed = (training_throughput if training else throughput)(models, batch_size, img_size, **kwargs)
     flops = {n: count_flops(m, img_size) for n,m in models.items()}
     base = next(iter(models))
@@ -31,12 +31,13 @@ def speed_table(
         gain = np.median(np.divide(speed[base].seconds, s.seconds))
         n_images = s.about['batch_size']
         rows.append({'model': n, 'batch size': n_images, 'image size': s.about['img_size'], 'GFLOPs': float(flops[n]), 'images/s': float(s), 'slowest': n_images/max(s.seconds), 'fastest': n_images/min(s.seconds),
-                     'gain': gain, 'realised saving': gain*flops[n]/flops[base]})
+                     'gain': gain, 'realised saving': gain*flops[n]/flops[base],
+                     'peak MB': float(peak_memory(models[n], n_images, img_size, training, kwargs.get('amp')))})
     table = pd.DataFrame(rows)
     table.attrs = dict(training=training, baseline=base, **{k: v for k,v in speed[base].about.items() if k not in ('batch_size','img_size','range')})
     return table
 
-# %% ../nbs/07b_bench.ipynb #51cb83cc
+# %% ../nbs/07b_bench.ipynb #d2664aaa
 def _list(v): # one value or several -> list
     return list(v) if isinstance(v, (list,tuple)) else [v]
 
@@ -56,7 +57,8 @@ def benchmark(
     archs,rates,indicators = _list(archs),_keep_rates(_list(keep_rates), len(_list(keep_rates))),[get_indicator(i) for i in _list(indicators)]
     for a in archs:
         if not timm.is_model(a): raise ValueError(f"timm has no model '{a}'. Similar: {', '.join(timm.list_models('*'+a.split('_')[0]+'*')[:8]) or 'none'}; timm.list_models() lists all.")
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try: device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')); torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"device={str(device)!r} is not there: 'cpu' is{', and cuda' if torch.cuda.is_available() else '; torch sees no GPU'}.") from e
     tables = []
     for arch in archs:
         for size in _list(img_sizes):

@@ -9,8 +9,6 @@ __all__ = ['Predictor', 'masked_attend', 'floor_count', 'MaskedBlock', 'DynamicB
 
 # %% ../nbs/06_dynamicvit.ipynb #0f144f8d
 import math
-from collections.abc import Iterable
-from numbers import Integral
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.callback.hook import hook_output
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from .pruning import _check_vit, _keep_rates, _narrow, _take
+from .pruning import _block_ids, _check_vit, _keep_rates, _narrow, _take
 
 # %% ../nbs/06_dynamicvit.ipynb #bfd92921
 class Predictor(nn.Module):
@@ -133,14 +131,8 @@ def _check_dynamic(model): # whether DynamicViT is defined for this model
             raise ValueError(f"This {type(model).__name__} (global_pool='{model.global_pool}') is read from its patches, and in training the dropped ones would be read, too. Supported are models read from a class token: global_pool='token'.")
     _check_vit(model, False)
 
-def _block_ids(model, blocks): # the blocks that decide, checked
-    depth = len(model.blocks)
-    if blocks is None: return sorted({depth*i//4 for i in (1,2,3)})
-    blocks = list(blocks) if isinstance(blocks, Iterable) else [blocks]
-    bad = [b for b in blocks if not isinstance(b, Integral) or not 0<=b<depth]
-    if bad or not blocks: raise ValueError(f"blocks={blocks}: name at least one, by index from 0 to {depth-1}" + (f"; there is no block {bad[0]!r}." if bad else "."))
-    if len(set(blocks))<len(blocks): raise ValueError(f"blocks={blocks}: a block can have only one predictor.")
-    return blocks
+def _no_intermediates(*args, **kwargs): # in place of timm's `forward_intermediates`
+    raise NotImplementedError("At inference a DynamicViT has fewer tokens than patches, so timm's forward_intermediates cannot put them on the grid. Take model.forward_features(x), and trace_dynamic to see which patches its tokens are.")
 
 def dynamic_vit(
     model:nn.Module, # a timm VisionTransformer with a class token
@@ -157,6 +149,7 @@ def dynamic_vit(
         if i<blocks[0]: continue
         b.__class__,b.shared,b.stage = DynamicBlock if i in rates else MaskedBlock, shared, sum(j<=i for j in blocks)-1
         if i in rates: b.__dict__.update(predictor=model.predictors[b.stage], n_prefix=model.num_prefix_tokens) # a reference: its parameters are the model's
+    model.__dict__['forward_intermediates'] = _no_intermediates
     return set_dynamic_rate(model, [rates[i] for i in blocks])
 
 def undynamic_vit(
@@ -164,6 +157,7 @@ def undynamic_vit(
 )->nn.Module: # the same model, as timm made it
     "Undo `dynamic_vit`; the predictors are gone"
     _dynamic(model)
+    model.__dict__.pop('forward_intermediates', None)
     for b in model.blocks:
         if isinstance(b, MaskedBlock):
             for name in ('shared','stage','predictor','n_prefix','keep_rate','share'): b.__dict__.pop(name, None)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['decay_groups', 'CosineSchedule', 'load_weights', 'prune_learner', 'save_vit', 'load_vit']
 
-# %% ../nbs/10_learner.ipynb #7872e08f
-import json
+# %% ../nbs/10_learner.ipynb #523f7c25
+import json, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,10 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import param_groups_weight_decay
 from torch import nn
-from .indicators import INDICATORS
+from .callbacks import KeepRateSchedule
+from .dynamicvit import DynamicLoss
+from .methods import METHODS, apply_method, method_config
 from .overlap import OverlapPatchEmbed, overlap_patches
-from .pruning import prune_vit, pruning_config
 
 # %% ../nbs/10_learner.ipynb #c6c2e797
 def decay_groups(
@@ -64,10 +65,12 @@ def load_weights(
     print(f"{path.name}: {len(fits)} of {len(own)} tensors loaded. " + '; '.join(said))
     return report
 
-# %% ../nbs/10_learner.ipynb #7f4f864e
+# %% ../nbs/10_learner.ipynb #8d350793
 def _normalise(dls, mean, std): # images as the architecture wants them, in place of an earlier architecture's
     norm = Normalize.from_stats(mean, std)
     norm.by_arch = True
+    former = [f for f in dls.train.after_batch.fs if getattr(f, 'by_arch', False)]
+    if former and not torch.allclose(former[0].mean.cpu(), norm.mean.cpu()): warnings.warn("These DataLoaders normalised images for another architecture so far: a Learner made with them before now sees images normalised for the new one. Make DataLoaders of its own for each.")
     for dl in dls.loaders:
         fs = [f for f in dl.after_batch.fs if not getattr(f, 'by_arch', False)]
         if any(isinstance(f, Normalize) for f in fs): return # the user's own
@@ -121,6 +124,9 @@ def prune_learner(
     blocks=None, # indexes of the blocks that prune; default the quarter points of the depth
     fuse=True, # fold pruned tokens into one: True (eq. 8), 'raw' (EViT's weights) or False
     temperature:float=None, # tau of eq. 8; default the indicator's own
+    method=None, # instead of an indicator: 'evit' (with its keep-rate schedule), 'tome', 'dynamicvit' (with its losses), 'random' or 'none'; 'variance' and its like mean the indicator
+    r=13, # ToMe: tokens that each block merges away; one number or one a block
+    teacher:nn.Module=None, # DynamicViT: the unpruned, trained ViT to learn from; without one its ratio loss alone is added
     stride:int=None, # from one patch to the next, in pixels, at most the patch size: less makes them overlap; default as the model has it
     pretrained:bool=True, # weights from timm's hub, unless there is a checkpoint
     checkpoint=None, # weights from a safetensors or .pth file instead
@@ -132,8 +138,9 @@ def prune_learner(
     path=None, # where fastai keeps files; default that of `dls`
     **kwargs # for `timm.create_model`, such as drop_path_rate=0.1
 )->Learner: # `.recipe` says how its model was made
-    "A fastai `Learner` with a pruned timm ViT, AdamW without decay of biases, norms and embeddings, and a cosine learning rate"
-    n_classes,size = get_c(dls),_side(dls)
+    "A fastai `Learner` with a timm ViT, pruned or made cheaper by another method, AdamW without decay of biases, norms and embeddings, and a cosine learning rate"
+    n_classes,size,method = get_c(dls),_side(dls),indicator if method is None else method
+    if teacher is not None and method!='dynamicvit': raise ValueError(f"teacher: only method='dynamicvit' learns from one, and this is method={method!r}.")
     if n_classes<2: raise ValueError(f"The data has {n_classes} classes: at least 2 are needed.")
     if isinstance(arch, str):
         model = _create(arch, n_classes, size, pretrained and checkpoint is None, **kwargs)
@@ -142,19 +149,20 @@ def prune_learner(
         model = arch
     with _undone_on_error(model):
         if stride is not None: overlap_patches(model, stride) # weights of timm's hub are there already, those of a file are resampled to this grid
-        prune_vit(model, keep_rate, indicator, blocks, fuse, temperature)
+        apply_method(model, method, keep_rate, r, blocks=blocks, fuse=None if fuse is True else fuse, temperature=temperature)
         if problem := _misfit(model, size): raise ValueError(problem)
         if model.num_classes!=n_classes: model.reset_classifier(n_classes) # of a model that was made elsewhere
         if checkpoint is not None: load_weights(model, checkpoint) # the head, too, where it fits
     cfg = model.pretrained_cfg if hasattr(model, 'pretrained_cfg') else {}
     mean,std = (list(cfg.get(k, v)) for k,v in (('mean', timm.data.IMAGENET_DEFAULT_MEAN), ('std', timm.data.IMAGENET_DEFAULT_STD)))
     _normalise(dls, mean, std)
+    own = [KeepRateSchedule()] if method=='evit' else [DynamicLoss(teacher)] if method=='dynamicvit' else [] # what belongs to the method
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat() if loss_func is None else loss_func, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), splitter=decay_groups,
-                    lr=lr, wd=[0., wd], metrics=metrics, cbs=[CosineSchedule(), *([] if cbs is None else cbs if isinstance(cbs, (list,tuple)) else [cbs])], path=path)
+                    lr=lr, wd=[0., wd], metrics=metrics, cbs=[CosineSchedule(), *own, *([] if cbs is None else cbs if isinstance(cbs, (list,tuple)) else [cbs])], path=path)
     learn.recipe = dict(arch=arch if isinstance(arch, str) else None, arch_args=kwargs, img_size=size, stride=_stride(model), classes=[str(c) for c in getattr(dls, 'vocab', range(n_classes))], mean=mean, std=std)
     return learn
 
-# %% ../nbs/10_learner.ipynb #bea549ba
+# %% ../nbs/10_learner.ipynb #487fb02d
 def save_vit(
     learn:Learner, # made by `prune_learner`
     folder, # where to write model.safetensors and model.json; made if needed
@@ -163,7 +171,7 @@ def save_vit(
     "Save a pruned ViT: weights as safetensors, and how it was made as JSON"
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    made = dict(learn.recipe, pruning=pruning_config(learn.model), info=info, versions=dict(torch=torch.__version__, timm=timm.__version__))
+    made = dict(learn.recipe, pruning=method_config(learn.model), info=info, versions=dict(torch=torch.__version__, timm=timm.__version__))
     text = json.dumps(made, indent=2) # fails, if it must, before anything is written
     safetensors.torch.save_file({k:v.contiguous() for k,v in learn.model.state_dict().items()}, folder/'model.safetensors')
     (folder/'model.json').write_text(text+'\n')
@@ -179,9 +187,10 @@ def load_vit(
     if not (folder/'model.json').is_file(): raise FileNotFoundError(f"{folder} has no model.json: give a folder written by save_vit or attn_diversity_train.")
     try: made = json.loads((folder/'model.json').read_text()); pruning = dict(made['pruning'])
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{folder/'model.json'} is damaged ({e}).") from e
-    if pruning['indicator'] not in INDICATORS and indicator is None:
-        raise ValueError(f"This model was pruned by an indicator of your own, {pruning['indicator']}: pass it as indicator=.")
-    if indicator is not None: pruning['indicator'] = indicator
+    if 'indicator' in pruning: pruning['method'] = pruning.pop('indicator') # files of the first version
+    if pruning['method'] not in METHODS and indicator is None:
+        raise ValueError(f"This model was pruned by an indicator of your own, {pruning['method']}: pass it as indicator=.")
+    if indicator is not None: pruning['method'] = indicator
     size = tuple(made['img_size']) if isinstance(made['img_size'], list) else made['img_size']
     if model is None:
         if made['arch'] is None: raise ValueError("This model was made outside of prune_learner, which cannot make it again: pass one like it as model=.")
@@ -190,7 +199,7 @@ def load_vit(
     with _undone_on_error(model):
         if stride is not None: overlap_patches(model, stride)
         elif _stride(model) is not None: raise ValueError(f"The patches of the saved model do not overlap, those of the given one do, at a stride of {_stride(model)}: pass one that was not through overlap_patches.")
-        prune_vit(model, **pruning)
+        apply_method(model, **pruning)
         try: model.load_state_dict(safetensors.torch.load_file(folder/'model.safetensors'))
         except (SafetensorError, OSError, RuntimeError) as e: raise ValueError(f"{folder/'model.safetensors'} is missing, damaged, or of another model: {e}") from e
     model.recipe = made

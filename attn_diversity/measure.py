@@ -157,6 +157,7 @@ def _no_room(e): # whether an error means that memory ran out
 
 def _speed(models, batch_size, img_size, seconds, amp, channels_last, compile, training):
     if amp is not None and amp not in _DTYPES: raise ValueError(f"amp={amp!r}: it must be {' or '.join(map(repr, _DTYPES))}, or None for the model's own precision.")
+    if isinstance(compile, str) and compile not in torch._inductor.list_mode_options(): raise ValueError(f"compile={compile!r}: it must be True, False or a mode of torch.compile: {', '.join(torch._inductor.list_mode_options())}.")
     many = models if isinstance(models, dict) else {'': models}
     if not many: raise ValueError("models={}: give a model, or a dict of at least one.")
     many = {n: _plain(m) for n,m in many.items()}

@@ -174,6 +174,15 @@ def _check_vit(model, fuse): # whether pruning is defined for this model
     if fuse and model.global_pool in ('avg','max','avgmax'):
         raise ValueError(f"This model pools its patches (global_pool='{model.global_pool}') and would count the fusion token as one of them: pass fuse=False, or create it with global_pool='token'.")
 
+def _block_ids(model, blocks): # indexes of blocks, checked; default the quarter points of the depth
+    depth = len(model.blocks)
+    if blocks is None: return sorted({depth*i//4 for i in (1,2,3)})
+    blocks = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+    bad = [b for b in blocks if not isinstance(b, Integral) or not 0<=b<depth]
+    if bad or not blocks: raise ValueError(f"blocks={blocks}: name at least one, by index from 0 to {depth-1}" + (f"; there is no block {bad[0]!r}." if bad else "."))
+    if len(set(blocks))<len(blocks): raise ValueError(f"blocks={blocks}: a block is named twice.")
+    return blocks
+
 def prune_vit(
     model:nn.Module, # a timm VisionTransformer with a class token
     keep_rate:float=0.7, # share of the tokens each stage keeps, in (0, 1]; one number or one a pruned block
@@ -185,12 +194,7 @@ def prune_vit(
     "Prune a timm ViT in place; weights and state dict stay as they are"
     if fuse not in (True, False, 'raw'): raise ValueError(f"fuse={fuse!r}: it must be True (eq. 8), 'raw' (EViT's weights) or False.")
     _check_vit(model, fuse)
-    depth = len(model.blocks)
-    if blocks is None: blocks = sorted({depth*i//4 for i in (1,2,3)})
-    blocks = list(blocks) if isinstance(blocks, Iterable) else [blocks]
-    bad = [b for b in blocks if not isinstance(b, Integral) or not 0<=b<depth]
-    if bad or not blocks: raise ValueError(f"blocks={blocks}: name at least one, by index from 0 to {depth-1}" + (f"; there is no block {bad[0]!r}." if bad else "."))
-    if len(set(blocks))<len(blocks): raise ValueError(f"blocks={blocks}: a block can prune only once.")
+    blocks = _block_ids(model, blocks)
     rates = dict(zip(blocks, _keep_rates(keep_rate, len(blocks))))
     indicator = get_indicator(indicator, model.blocks[0].attn.num_heads)
     temperature = get_temperature(temperature, indicator)

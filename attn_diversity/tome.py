@@ -105,6 +105,9 @@ def _rs(r, depth): # one number or one a block -> a list
         if not isinstance(n, Integral) or isinstance(n, bool) or n<0: raise ValueError(f"r={n!r}: how many tokens a block merges must be a whole number from 0 (merges nothing).")
     return [int(n) for n in rs]
 
+def _no_intermediates(*args, **kwargs): # in place of timm's `forward_intermediates`
+    raise NotImplementedError("A merging ViT hands fewer tokens than patches from block to block, and their sizes with them, so timm's forward_intermediates cannot work. Take model.forward_features(x), and trace_merges and unmerge_tokens to bring its tokens back to the patches.")
+
 def merge_vit(
     model:nn.Module, # a timm VisionTransformer
     r=13 # tokens that each block merges away, half of its patches at most; one number or one a block
@@ -115,13 +118,16 @@ def merge_vit(
     for i,(b,n) in enumerate(zip(model.blocks, _rs(r, depth))):
         b.__class__ = MergedBlock
         b.r,b.n_prefix,b.last,b.shared = n,model.num_prefix_tokens,i==depth-1,shared
+    model.__dict__['forward_intermediates'] = _no_intermediates
     return model
 
 def unmerge_vit(
     model:nn.Module # a model that `merge_vit` has changed
 )->nn.Module: # the same model, as timm made it
     "Undo `merge_vit`"
-    for b in _merged(model):
+    _merged(model)
+    model.__dict__.pop('forward_intermediates', None)
+    for b in model.blocks:
         for name in ('r','n_prefix','last','shared'): del b.__dict__[name]
         b.__class__ = Block
     return model
