@@ -65,7 +65,7 @@ def load_weights(
     print(f"{path.name}: {len(fits)} of {len(own)} tensors loaded. " + '; '.join(said))
     return report
 
-# %% ../nbs/10_learner.ipynb #8d350793
+# %% ../nbs/10_learner.ipynb #02ea0442
 def _normalise(dls, mean, std): # images as the architecture wants them, in place of an earlier architecture's
     norm = Normalize.from_stats(mean, std)
     norm.by_arch = True
@@ -151,6 +151,7 @@ def prune_learner(
         if stride is not None: overlap_patches(model, stride) # weights of timm's hub are there already, those of a file are resampled to this grid
         apply_method(model, method, keep_rate, r, blocks=blocks, fuse=None if fuse is True else fuse, temperature=temperature)
         if problem := _misfit(model, size): raise ValueError(problem)
+        if teacher is not None and (problem := _misfit(teacher, size)): raise ValueError(f'teacher: {problem}')
         if model.num_classes!=n_classes: model.reset_classifier(n_classes) # of a model that was made elsewhere
         if checkpoint is not None: load_weights(model, checkpoint) # the head, too, where it fits
     cfg = model.pretrained_cfg if hasattr(model, 'pretrained_cfg') else {}
