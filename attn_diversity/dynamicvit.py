@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.callback.hook import hook_output
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from .pruning import _block_ids, _check_vit, _keep_rates, _narrow, _take
+from .pruning import _block_ids, _check_vit, _keep_rates, _narrow, _take, _trace
 
 # %% ../nbs/06_dynamicvit.ipynb #bfd92921
 class Predictor(nn.Module):
@@ -191,14 +191,7 @@ def trace_dynamic(
     x:Tensor # images [B, 3, H, W], as the model takes them
 )->list: # a tensor a stage [B, n]: ids of the patches left, row by row from the top left, in the order of the sequence
     "Which original patches are still there after each stage, at inference"
-    shared = next(iter(_dynamic(model).values())).shared
-    if x.dim()!=4: raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
-    training = [m for m in model.modules() if m.training]
-    shared.log = []
-    try: model.eval().forward_features(x)
-    finally:
-        log,shared.log = shared.log,None
-        for m in training: m.training = True
+    log = _trace(model, next(iter(_dynamic(model).values())).shared, x)
     ids,traces = torch.arange(log[0][0], device=x.device).expand(x.shape[0], -1),[]
     for _,kept in log:
         if kept is not None: ids = ids.gather(1, kept)

@@ -16,7 +16,7 @@ from .measure import _evaluating, count_flops
 from .pruning import _pruned, _stages, indicator_name, prune_vit, pruning_config, set_keep_rate
 from .tome import MergedBlock, merge_vit, set_r
 
-# %% ../nbs/07c_methods.ipynb #1da3d8d1
+# %% ../nbs/07c_methods.ipynb #20069d26
 METHODS = (*INDICATORS, 'evit', 'tome', 'dynamicvit', 'none') # what `apply_method` knows by name
 
 def apply_method(

@@ -98,8 +98,7 @@ def indicator_name(
     return next((n for n,f in INDICATORS.items() if f is indicator), getattr(indicator, '__name__', type(indicator).__name__))
 
 # %% ../nbs/03_pruning.ipynb #b20bdbf6
-def _noted(model, run): # what `run()` returns, and a note a stage: (tokens it got, positions it kept [B, K], None for all)
-    shared = next(iter(_pruned(model).values())).shared
+def _noted(shared, run): # what `run()` returns, and a note a stage: (tokens it got, positions it kept [B, K], None for all)
     shared.log = []
     try: return run(), shared.log
     finally: shared.log = None
@@ -131,7 +130,7 @@ def scatter_back(
 def _intermediates(model, x, indices=None, return_prefix_tokens=False, norm=False, stop_early=False, output_fmt='NCHW', intermediates_only=False, output_dict=False, **kwargs):
     "timm's `forward_intermediates` with every patch back in its place: a dropped one has its fusion token's features, or 0 without fusion"
     run = lambda: type(model).forward_intermediates(model, x, indices=indices, return_prefix_tokens=True, norm=norm, stop_early=stop_early, output_fmt='NLC', output_dict=True, **kwargs)
-    out,notes = _noted(model, run)
+    out,notes = _noted(next(iter(_pruned(model).values())).shared, run)
     owners,at = _owners(model, notes) if notes else [],list(_pruned(model))
     grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
     dense = []
@@ -240,11 +239,10 @@ def stage_tokens(
         counts.append(k + bool(b.fuse and k<n))
     return counts
 
-def _trace(model, x): # one forward in eval mode: a note a stage
-    _pruned(model)
+def _trace(model, shared, x): # one forward in eval mode, whatever the mode: a note a stage
     if x.dim()!=4: raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
     training = [m for m in model.modules() if m.training]
-    try: return _noted(model.eval(), lambda: model.forward_features(x))[1]
+    try: return _noted(shared, lambda: model.eval().forward_features(x))[1]
     finally:
         for m in training: m.training = True
 
@@ -254,7 +252,7 @@ def trace_patches(
     x:Tensor # images [B, 3, H, W], as the model takes them
 )->list: # a tensor a stage [B, n]: ids of the patches left, row by row from the top left, in the order of the sequence; -1 for a fusion token
     "Which original patches are still there after each stage"
-    notes = _trace(model, x)
+    notes = _trace(model, next(iter(_pruned(model).values())).shared, x)
     ids,traces = torch.arange(notes[0][0], device=x.device).expand(x.shape[0], -1),[]
     for b,(n,kept) in zip(_pruned(model).values(), notes):
         if kept is not None:
@@ -269,7 +267,7 @@ def trace_owners(
     x:Tensor # images [B, 3, H, W], as the model takes them
 )->list: # a tensor a stage [B, N]: for each original patch the position of its token behind the prefix tokens, its own or a fusion token's; -1 if it was dropped without fusion
     "Which token holds each original patch after each stage"
-    return [o.to(x.device).expand(x.shape[0], -1) for o in _owners(model, _trace(model, x))]
+    return [o.to(x.device).expand(x.shape[0], -1) for o in _owners(model, _trace(model, next(iter(_pruned(model).values())).shared, x))]
 
 def pruning_config(
     model:nn.Module # a pruned model

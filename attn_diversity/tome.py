@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from .attention import listen
-from .pruning import LaterBlock, PrunedBlock, _take
+from .pruning import LaterBlock, PrunedBlock, _take, _trace
 
 # %% ../nbs/05_tome.ipynb #41a40e42
 def _no_autocast(x): # autocast off, where it is on; otherwise nothing, so that nothing of it ends up in an exported graph
@@ -167,14 +167,7 @@ def trace_merges(
     x:Tensor # images [B, 3, H, W], as the model takes them
 )->list: # a tensor a block [B, patches]: for each patch, row by row from the top left, its token behind the prefix tokens, counted from 0
     "Which token each original patch is part of, after each block"
-    shared = _merged(model)[0].shared
-    if x.dim()!=4: raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
-    training = [m for m in model.modules() if m.training]
-    shared.log = []
-    try: model.eval().forward_features(x)
-    finally:
-        log,shared.log = shared.log,None
-        for m in training: m.training = True
+    log = _trace(model, _merged(model)[0].shared, x)
     p,groups,traces = model.num_prefix_tokens,torch.arange(log[0][0], device=x.device).expand(x.shape[0], -1),[]
     for n,match in log:
         if match is not None:

@@ -1,4 +1,4 @@
-"The two commands, as a person types them."
+"The commands, as a person types them."
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
@@ -32,8 +32,9 @@ def test_train_writes_everything_and_comes_back(photos, tmp_path):
     assert 'bad.jpg' in r.stderr and '9 -> 6 -> 4 -> 3 tokens' in r.stdout
     assert {f.name for f in (tmp_path/'run').iterdir()}=={'model.safetensors','model.json','history.csv','kept_patches.png'}
     made = json.loads((tmp_path/'run'/'model.json').read_text())
-    assert made['classes']==['china','flower'] and made['pruning']['indicator']=='medad'
-    assert len(pd.read_csv(tmp_path/'run'/'history.csv'))==1
+    assert made['classes']==['china','flower'] and made['pruning']['method']=='medad'
+    history = pd.read_csv(tmp_path/'run'/'history.csv')
+    assert len(history)==1 and history.gflops[0]>0 and history['img/s'][0]>0
     check = "from attn_diversity.learner import load_vit; import torch; m = load_vit('run'); print(m(torch.zeros(1,3,48,48)).shape)"
     back = subprocess.run([sys.executable, '-c', check], cwd=tmp_path, capture_output=True, text=True)
     assert 'torch.Size([1, 2])' in back.stdout, back.stderr
@@ -65,6 +66,27 @@ def test_demo_in_its_shortest_form(tmp_path):
     assert table['seconds an epoch'].gt(0).all() and 'seconds an epoch' in r.stdout
     assert Image.open(tmp_path/'demo'/'kept_patches.png').size[0]>300
     assert run('attn_diversity_demo', '--keep_rate', '0').returncode==1
+
+def test_overlapping_patches(photos, tmp_path):
+    r = run('attn_diversity_train', photos, *small, '--stride', '12', '--out', tmp_path/'run')
+    assert r.returncode==0, r.stderr
+    assert '9 -> 8 -> 7 -> 6 tokens' in r.stdout # (48-16)//12 + 1 = 3 a side
+    assert json.loads((tmp_path/'run'/'model.json').read_text())['stride']==12
+    r = run('attn_diversity_train', photos, *small, '--stride', '17', '--out', tmp_path/'no')
+    assert r.returncode==1 and 'stride=17' in r.stderr and not (tmp_path/'no').exists()
+
+def test_bench_tells_gain_and_realised_saving(tmp_path):
+    r = run('attn_diversity_bench', '--archs', 'vit_tiny_patch16_224', '--img_sizes', '64,96', '--batch_sizes', '2', '--keep_rates', '0.7,0.4', '--indicators', 'variance', '--seconds', '0.2', '--device', 'cpu', '--out', tmp_path/'b')
+    assert r.returncode==0, r.stderr
+    t,about = pd.read_csv(tmp_path/'b'/'bench.csv'),json.loads((tmp_path/'b'/'bench.json').read_text())['about']
+    assert len(t)==2*3 and list(t.indicator[:3])==['none','variance','variance']
+    for _,g in t.groupby('image size'): np.testing.assert_allclose(g['realised saving'], g.gain*g.GFLOPs/g.GFLOPs.iloc[0])
+    assert about['precision']=='float32' and 'cpu' in about['device'] and about['timm']
+    assert Image.open(tmp_path/'b'/'bench.png').size[0]>500
+    again = run('attn_diversity_bench', '--out', tmp_path/'b')
+    assert again.returncode==1 and '--overwrite' in again.stderr and 'Traceback' not in again.stderr
+    wrong = run('attn_diversity_bench', '--keep_rates', '1.3', '--out', tmp_path/'c')
+    assert wrong.returncode==1 and '(0, 1]' in wrong.stderr and not (tmp_path/'c').exists()
 
 @pytest.mark.skipif(not (shared/'data'/'flowers').is_dir(), reason='../shared/data/flowers is missing')
 def test_trained_vit_on_real_photographs(tmp_path):

@@ -1,5 +1,7 @@
 "A pruned model outside of PyTorch's eager mode."
 import timm, torch, pytest
+from attn_diversity.methods import apply_method
+from attn_diversity.overlap import overlap_patches
 from attn_diversity.pruning import prune_vit
 
 @pytest.fixture
@@ -11,6 +13,16 @@ def model():
 def test_onnx_gives_the_same_logits(model, indicator, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     prune_vit(model, keep_rate=.7, indicator=indicator, fuse='raw' if indicator=='mean' else True)
+    x = torch.randn(2,3,112,112)
+    torch.onnx.export(model, (x,), tmp_path/'m.onnx', dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path/'m.onnx')
+    out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.tensor(out), model(x).detach(), atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('method', ['tome','dynamicvit'])
+def test_other_methods_and_overlapping_patches_in_onnx(model, method, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    apply_method(overlap_patches(model, 12), method, .7, r=5)
     x = torch.randn(2,3,112,112)
     torch.onnx.export(model, (x,), tmp_path/'m.onnx', dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path/'m.onnx')
