@@ -88,7 +88,7 @@ def train(
     print(f"accuracy {accuracy[-1]:.4f} after {epochs} epochs (best {accuracy[best]:.4f} in epoch {best}), {seconds:.1f} s an epoch. In {out}: model.safetensors, model.json, history.csv, kept_patches.png")
     if not _is_command('attn_diversity_train'): return result # a shell would take it for an exit status
 
-# %% ../nbs/14_commands.ipynb #3adf5442
+# %% ../nbs/14_commands.ipynb #2b5c1341
 def _several(name, text, kind=str): # '0.9,0.7' -> [.9,.7]
     try: return [kind(t.strip()) for t in str(text).split(',')]
     except ValueError: raise ValueError(f"{name}={text!r}: give {dict(float='numbers', int='whole numbers')[kind.__name__]} separated by commas.") from None
@@ -117,7 +117,7 @@ def bench(
         grid = (_several('archs', archs), _several('keep_rates', keep_rates, float), _several('indicators', indicators), _several('batch_sizes', batch_sizes, int), _several('img_sizes', img_sizes, int))
         table = benchmark(*grid, fuse=not no_fuse, stride=stride, training=train, device=device, seconds=seconds, amp=amp, channels_last=channels_last, compile=True if compile=='default' else compile or False)
         out.mkdir(parents=True, exist_ok=True)
-    about = dict(table.attrs, python=platform.python_version(), system=platform.platform())
+    about = dict(table.attrs, python=platform.python_version(), system=f'{platform.system()} {platform.machine()}')
     table.to_csv(out/'bench.csv', index=False)
     (out/'bench.json').write_text(json.dumps(dict(about=about, rows=json.loads(table.to_json(orient='records'))), indent=2)+'\n')
     fig = plot_speed(table)
