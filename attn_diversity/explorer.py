@@ -249,7 +249,7 @@ def _reasons(s, out, w, patch): # why a patch stays or goes, as HTML
     return (f"<h4>Patch {patch} (row {r+1}, column {c+1}) {verdict}</h4><table><tr><th>head</th><th>attention &times; 10&sup3;</th><th></th><th>from the mean</th><th>from the median</th></tr>{rows}</table>"
             f"<div style='margin-top:6px'>mean {w.mean*1e3:.3f}, median {w.median*1e3:.3f}, MedAD {w.medad*1e3:.3f} (&times; 10&sup3;), variance {w.variance:.2e}. Score by {escape(name)}: {w.score:.3g}</div>")
 
-# %% ../nbs/12_explorer.ipynb #b1ddf529
+# %% ../nbs/12_explorer.ipynb #a3d88c7b
 _TAUS = [m*10.**e for e in range(-8, 1) for m in (1,2,4)] + [math.inf] # the defaults are among them
 
 class PruneExplorer(W.VBox):
@@ -278,7 +278,7 @@ class PruneExplorer(W.VBox):
         self.stage = W.SelectionSlider(options=[('photograph', 0)] + [(f'block {b}', j) for j,b in enumerate(s.blocks, 1)], value=len(s.blocks), description='after', style=label, layout=wide)
         self.head = W.SelectionSlider(options=[('score', 0)] + [(f'head {h}', h) for h in range(1, s.heads+1)], value=0, description='map of', style=label, layout=wide)
         self.patch = W.ToggleButtons(options=[str(i) for i in range(s.n)], index=s.grid[0]//2*s.grid[1]+s.grid[1]//2, tooltips=[f'row {i//s.grid[1]+1}, column {i%s.grid[1]+1}' for i in range(s.n)])
-        self.kept,self.scores = W.Image(format='jpeg', layout=W.Layout(width='100%')),W.Image(format='png', layout=W.Layout(width='100%'))
+        self.kept,self.scores = (W.Image(format=f, layout=W.Layout(width='100%', margin='0')) for f in ('jpeg','png'))
         self.kept_title,self.scores_title,self.numbers,self.why,self.code,self.link,self.message = (W.HTML() for _ in range(7))
         self.figure_button = W.Button(description='Figure', icon='download', tooltip='Make a figure of what is shown', layout=W.Layout(width='100px'))
         reset = W.Button(description='default', tooltip="The indicator's own temperature", layout=W.Layout(width='90px', margin='0 0 0 90px'))

@@ -37,7 +37,7 @@ class Page:
         x,y = self.box(selector, i)[:2]
         for kind in ('mousePressed','mouseReleased'): self('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
     def key(self, name, code):
-        for kind in ('rawKeyDown','keyUp'): self('Input.dispatchKeyEvent', type=kind, key=name, code=name, windowsVirtualKeyCode=code)
+        for kind in ('keyDown','keyUp'): self('Input.dispatchKeyEvent', type=kind, key=name, code=name, windowsVirtualKeyCode=code, **(dict(text='\r') if name=='Enter' and kind=='keyDown' else {}))
     def picture(self): return base64.b64decode(self('Page.captureScreenshot', format='png')['data'])
     def close(self):
         try: self('Browser.close')
@@ -121,7 +121,7 @@ def test_the_explorer_answers_mouse_and_keyboard(page):
     wait(lambda: all(a!=b for a,b in zip(pictures(), before)), 'the frame moves')
 
     # a wrong path is a message, and the panel lives on; the figure is a link
-    page.click('.ad-explorer input[type=text]'); page('Input.insertText', text='nowhere.jpg'); page.key('Enter', 13)
+    page.click('.ad-explorer .widget-text input'); page('Input.insertText', text='nowhere.jpg'); page.key('Enter', 13)
     wait(lambda: 'nowhere.jpg is not there' in text(), 'the message')
     page.js("[...document.querySelectorAll('.ad-explorer button')].find(b=>b.innerText.includes('Figure')).click()")
     link = wait(lambda: page.js("document.querySelector('.ad-explorer a[download]')?.href"), 'the link')
