@@ -19,13 +19,15 @@ def readme():
         if c.cell_type=='code': c.source = '' if 'echo: false' in c.source else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     text,found = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir='index_files', unique_key='index'))
     text = re.sub(r'```\w*\s*```\n', '', text) # the hidden code's
-    text = text.replace('![png]', '![What is left of two photographs after each stage]')
+    captions = iter(['What is left of two photographs after each stage','The explorer in JupyterLab'])
+    text = re.sub(r'!\[png\]', lambda m: f'![{next(captions)}]', text)
     text = f"# {front['title']}\n\n> {front['description']}\n\n{text.strip()}\n"
     return re.sub(r'\n\s*\n\s*\n+', '\n\n', text), found['outputs']
 
 if __name__=='__main__':
     text,pictures = readme()
     (root/'README.md').write_text(text, encoding='utf-8')
+    for old in (root/'index_files').glob('*'): old.unlink()
     for name,data in pictures.items():
         (root/name).parent.mkdir(exist_ok=True); (root/name).write_bytes(data)
     print(f"README.md and {len(pictures)} picture(s)", file=sys.stderr)
