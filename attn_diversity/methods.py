@@ -13,7 +13,7 @@ from .bench import speed_table
 from .dynamicvit import DynamicBlock, dynamic_vit, set_dynamic_rate
 from .indicators import INDICATORS
 from .measure import _evaluating, count_flops
-from .pruning import _pruned, _stages, indicator_name, prune_vit, pruning_config, set_keep_rate
+from .pruning import _stages, indicator_name, prune_vit, pruning_config, set_keep_rate
 from .tome import MergedBlock, merge_vit, set_r
 
 # %% ../nbs/07c_methods.ipynb #20069d26

@@ -29,7 +29,7 @@ def kept_count(
     return max(1, math.ceil(keep_rate*n - 1e-9))
 
 # %% ../nbs/03_pruning.ipynb #c089dd94
-def _take(x, ids): # tokens [B, N, C] at ids [B, K] -> [B, K, C]; rows of one long table, which is ten times as fast as gather
+def _take(x, ids): # tokens [B, N, C] at ids [B, K] -> [B, K, C]; rows of one long table, faster than gather (07b_bench)
     b,n,c = x.shape
     rows = ids + n*torch.arange(b, device=x.device).unsqueeze(1)
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(b, -1, c)
