@@ -31,7 +31,7 @@ class Measured(float):
         if self.parts: return pd.DataFrame({'part': list(self.parts), self.unit: list(self.parts.values()), 'share': [v/self if self else math.nan for v in self.parts.values()]})
         return pd.DataFrame([{self.unit: float(self), **self.about}])
 
-# %% ../nbs/07_measure.ipynb #1decaf00
+# %% ../nbs/07_measure.ipynb #d26b50c2
 def _images(model, n, img_size=None): # n images of noise as the model takes them
     if not isinstance(n, Integral) or n<1: raise ValueError(f"batch_size={n!r}: it must be a whole number from 1.")
     embed,cfg = getattr(model, 'patch_embed', None),getattr(model, 'pretrained_cfg', {}) or {}
@@ -51,8 +51,9 @@ def _evaluating(model): # in eval mode, and each module as it was afterwards
     finally:
         for m in training: m.training = True
 
-def _plain(model): # what torch.compile has wrapped
-    return getattr(model, '_orig_mod', model)
+def _plain(model): # what torch.compile or data-parallel training has wrapped
+    model = getattr(model, '_orig_mod', model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 # %% ../nbs/07_measure.ipynb #c39231b2
 def _sdpa(inputs, outputs): # what fvcore lacks: both products of attention, one a multiply-add
@@ -123,7 +124,7 @@ def device_name(
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type=='cuda' else f'{device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)' if device.type=='cpu' else device.type
 
-# %% ../nbs/07_measure.ipynb #db2f0044
+# %% ../nbs/07_measure.ipynb #47c1ac27
 _DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 
 def _run(model, x, amp=None, compile=False, training=False): # one batch as a function, and the bytes that stay allocated between batches
