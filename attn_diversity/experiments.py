@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'table_runs', 'demo_vit', 'find_dls', 'row_learner', 'run_row', 'run_table', 'sweep_state',
            'report_table', 'plot_report', 'report']
 
-# %% ../nbs/13_experiments.ipynb #250d1168
+# %% ../nbs/13_experiments.ipynb #709139a3
 import io, json, os, platform, time, traceback
 from pathlib import Path
 import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
@@ -19,7 +19,6 @@ from .data import IMAGENET100, digits_dls, folder_dls, imagenet100_dls
 from .learner import RECIPES, prune_learner, save_vit
 from .measure import _plain, count_flops, device_name, throughput
 from .methods import _twin, apply_method, match_flops, method_config
-from .pruning import stage_tokens
 from .resume import fit_saved
 from .vis import plot_tradeoff
 
@@ -135,7 +134,7 @@ def row_learner(
 def _patch_size(kwargs): # of an architecture by name
     return timm.create_model(kwargs.get('arch', 'deit_small_patch16_224'), pretrained=False, depth=1).patch_embed.patch_size[0]
 
-# %% ../nbs/13_experiments.ipynb #3ed566b6
+# %% ../nbs/13_experiments.ipynb #94f74634
 def _write_json(path, what): # all of it or nothing
     aside = path.with_suffix('.aside')
     aside.write_text(json.dumps(what, indent=2, default=str)+'\n')
@@ -153,7 +152,7 @@ def _speed(learn, batch_size): # images/s of the run's model and of the same ViT
     model = _plain(learn.model).eval()
     plain = timm.create_model(learn.recipe['arch'], num_classes=model.num_classes, img_size=learn.recipe['img_size'], **learn.recipe['arch_args'])
     models = {'': model, 'unpruned_': plain.to(next(model.parameters()).device).eval()}
-    speed = throughput(models, batch_size, seconds=2.)
+    speed = throughput(models, batch_size, seconds=1.)
     return {k: v for n,m in models.items() for k,v in ((f'{n}images_per_s', float(speed[n])), (f'{n}gflops', float(count_flops(m))))}
 
 def _fit(learn, epochs, folder, seed): # with the columns of the tables; result of `fit_saved`, model saved
