@@ -42,7 +42,7 @@ def class_attention(
         row = row.masked_fill(~mask, -torch.inf) if mask.dtype==torch.bool else row + mask
     return row.softmax(-1)
 
-# %% ../nbs/00_attention.ipynb #fd925480
+# %% ../nbs/00_attention.ipynb #f139f09d
 class _Listener:
     "Stands in for a timm `Attention` during one forward and keeps the queries and keys that pass"
     def __init__(self, attn): self.attn = attn

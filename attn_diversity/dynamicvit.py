@@ -7,7 +7,7 @@ __all__ = ['Predictor', 'masked_attend', 'floor_count', 'MaskedBlock', 'DynamicB
            'set_dynamic_rate', 'dynamic_tokens', 'trace_dynamic', 'decisions', 'ratio_loss', 'token_loss',
            'DynamicLoss']
 
-# %% ../nbs/06_dynamicvit.ipynb #0f144f8d
+# %% ../nbs/06_dynamicvit.ipynb #7eaa113a
 import math
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,7 @@ class DynamicBlock(MaskedBlock):
 
     def extra_repr(self): return f"keep_rate={self.keep_rate}, of all patches {self.share:.3g}"
 
-# %% ../nbs/06_dynamicvit.ipynb #1878f0ed
+# %% ../nbs/06_dynamicvit.ipynb #e7a07a23
 def _dynamic(model, check=True): # the deciding blocks of a model, by index
     stages = {i:b for i,b in enumerate(getattr(model, 'blocks', ())) if isinstance(b, DynamicBlock)}
     if check and not stages: raise ValueError(f"This {type(model).__name__} is not a DynamicViT: call dynamic_vit(model) first.")
@@ -176,7 +176,7 @@ def set_dynamic_rate(
         b.keep_rate,b.share = r,share
     return model
 
-# %% ../nbs/06_dynamicvit.ipynb #fb11b13e
+# %% ../nbs/06_dynamicvit.ipynb #58574226
 def dynamic_tokens(
     model:nn.Module, # a DynamicViT
     n_patches:int=None # patches of one image; default those of the model's image size

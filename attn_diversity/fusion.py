@@ -30,7 +30,7 @@ def fuse_tokens(
     w = fusion_weights(scores, temperature, raw).to(x.dtype)
     return (w.unsqueeze(-1)*x).sum(1, keepdim=True)
 
-# %% ../nbs/02_fusion.ipynb #0cc89a09
+# %% ../nbs/02_fusion.ipynb #5fd067b1
 TEMPERATURES = dict(mean=4e-4, variance=1e-6, medad=2e-4) # chosen above, at 256 patches
 
 def get_temperature(

@@ -28,7 +28,7 @@ def kept_count(
     "ceil(keep_rate * n), not fooled by floating point"
     return max(1, math.ceil(keep_rate*n - 1e-9))
 
-# %% ../nbs/03_pruning.ipynb #c089dd94
+# %% ../nbs/03_pruning.ipynb #92e79de4
 def _take(x, ids): # tokens [B, N, C] at ids [B, K] -> [B, K, C]; rows of one long table, faster than gather (07b_bench)
     b,n,c = x.shape
     rows = ids + n*torch.arange(b, device=x.device).unsqueeze(1)
@@ -97,7 +97,7 @@ def indicator_name(
     "What to call an indicator in print"
     return next((n for n,f in INDICATORS.items() if f is indicator), getattr(indicator, '__name__', type(indicator).__name__))
 
-# %% ../nbs/03_pruning.ipynb #b20bdbf6
+# %% ../nbs/03_pruning.ipynb #6668a49c
 def _noted(shared, run): # what `run()` returns, and a note a stage: (tokens it got, positions it kept [B, K], None for all)
     shared.log = []
     try: return run(), shared.log
@@ -145,7 +145,7 @@ def _intermediates(model, x, indices=None, return_prefix_tokens=False, norm=Fals
     if return_prefix_tokens: dense = list(zip(dense, prefix))
     return dense if intermediates_only else (out['image_features'], dense)
 
-# %% ../nbs/03_pruning.ipynb #692d8b75
+# %% ../nbs/03_pruning.ipynb #b964d951
 def _stages(model): # the pruned blocks of a model, by index
     return {i:b for i,b in enumerate(getattr(model, 'blocks', ())) if isinstance(b, PrunedBlock)}
 
@@ -227,7 +227,7 @@ def set_keep_rate(
     for b,r in zip(stages, _keep_rates(keep_rate, len(stages))): b.keep_rate = r
     return model
 
-# %% ../nbs/03_pruning.ipynb #3183db4b
+# %% ../nbs/03_pruning.ipynb #248c0faf
 def stage_tokens(
     model:nn.Module, # a pruned model
     n_patches:int=None # patches of one image; default those of the model's image size

@@ -6,7 +6,7 @@
 __all__ = ['match_tokens', 'merge_tokens', 'MergedBlock', 'merge_vit', 'unmerge_vit', 'set_r', 'block_tokens', 'falling_r',
            'trace_merges', 'unmerge_tokens']
 
-# %% ../nbs/05_tome.ipynb #0d324cec
+# %% ../nbs/05_tome.ipynb #50bd3faa
 import torch
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -80,7 +80,7 @@ class MergedBlock(Block):
 
     def extra_repr(self): return f"r={self.r}"
 
-# %% ../nbs/05_tome.ipynb #2c21bcc4
+# %% ../nbs/05_tome.ipynb #8b12d158
 def _merged(model): # the blocks of a merging model, or an error
     blocks = [b for b in getattr(model, 'blocks', ()) if isinstance(b, MergedBlock)]
     if not blocks: raise ValueError(f"This {type(model).__name__} does not merge: call merge_vit(model) first.")
@@ -160,7 +160,7 @@ def falling_r(
     if not isinstance(depth, Integral) or depth<2: raise ValueError(f"depth={depth!r}: a falling schedule needs a whole number of blocks, at least 2.")
     return [round(2*r*(depth-1-i)/(depth-1)) for i in range(depth)]
 
-# %% ../nbs/05_tome.ipynb #d39e8bab
+# %% ../nbs/05_tome.ipynb #0011c725
 @torch.no_grad()
 def trace_merges(
     model:nn.Module, # a merging model
