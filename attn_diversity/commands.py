@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['train', 'prepare_command', 'sweep', 'report_command', 'bench', 'demo']
 
-# %% ../nbs/14_commands.ipynb #bf273d58
+# %% ../nbs/14_commands.ipynb #d1c7d7d0
 import copy, json, platform, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
-from accelerate import PartialState
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from fastcore.script import call_parse
 from .bench import benchmark, plot_speed
 from .callbacks import FlopsCallback, ThroughputCallback
 from .data import IMAGENET100, digits_dls
+from .distributed import join_processes
 from .experiments import demo_vit, find_dls, report, run_table
 from .indicators import get_indicator
 from .learner import RECIPES, load_vit, prune_learner, save_vit
@@ -46,7 +46,7 @@ def _free_folder(out, overwrite, files): # the folder; without `overwrite` it mu
     if there and not overwrite: raise FileExistsError(f"{out} already holds {', '.join(there)}: choose another --out, or pass --overwrite to replace them.")
     return out
 
-# %% ../nbs/14_commands.ipynb #984ccb18
+# %% ../nbs/14_commands.ipynb #672d752b
 _RESULTS = ['model.safetensors','model.json','history.csv','kept_patches.png']
 
 @call_parse
@@ -85,10 +85,11 @@ def train(
         epochs,batch_size = (RECIPES[recipe][k] if v is None else v for k,v in (('epochs',epochs),('batch_size',batch_size)))
         if epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
         if resume and overwrite: raise ValueError("resume goes on with what is there, overwrite begins anew: give one of them.")
-        out = _free_folder(out, overwrite or resume, _RESULTS)
+        out = Path(out).expanduser()
         if _checkpoints(out/'checkpoints') and not (resume or overwrite): raise FileExistsError(f"{out} holds a training that was interrupted: go on with it by --resume, replace it by --overwrite, or choose another --out.")
+        _free_folder(out, overwrite or resume, _RESULTS)
         if resume and (out/'model.json').exists(): raise FileExistsError(f"The training in {out} is finished. Choose another --out, or --overwrite to train anew.")
-        if num_distrib()>1: PartialState() # each process takes its GPU before the data ask for one
+        join_processes() # each takes its GPU before the data ask for one
         first = not rank_distrib() # speaks and writes for all processes
         dls = find_dls(path, img_size, batch_size, seed, valid_pct, n_workers)
         if first: print(f"{len(dls.train_ds)} photographs to train on, {len(dls.valid_ds)} to validate, {len(dls.vocab)} classes: {', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}")

@@ -1,22 +1,30 @@
 "What training in several processes, and processes that are killed, must not change."
-import json, os, random, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 
-here = os.path.dirname(sys.executable)
-small = ['digits','--arch','vit_tiny_patch16_224','--scratch','--img_size','32','--batch_size','32','--lr','1e-3','--n_workers','0','--indicator','medad','--keep_rate','0.5']
 env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+tool = lambda name: str(Path(sys.executable).with_name(name))
+torchrun = [tool('torchrun'), '--nproc_per_node','2']
+accelerate = [tool('accelerate'), 'launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no'] # without a GPU the processes talk by gloo
+small = ['digits','--arch','vit_tiny_patch16_224','--scratch','--img_size','32','--batch_size','32','--lr','1e-3','--n_workers','0','--indicator','medad','--keep_rate','0.5']
 
-def train(out, *args, launch=(), **kw):
-    return subprocess.Popen([*(launch or [sys.executable]), '-m', 'attn_diversity', 'train', *small, '--out', str(out), *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+def start(*args): return subprocess.Popen([str(a) for a in args], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def train(out, *args): return start(sys.executable, '-m', 'attn_diversity', 'train', *small, '--out', out, *args)
 
 def finish(p):
     said = p.communicate(timeout=600)[0]
     assert p.returncode==0, said
     return said
 
+def until_saved(p, out, epoch):
+    while not list(out.glob(f'checkpoints/epoch-{epoch:04d}-*.pt')):
+        assert p.poll() is None, p.communicate()[0]
+        time.sleep(.02)
+
 def history(out): return pd.read_csv(out/'history.csv')[['epoch','train_loss','valid_loss','accuracy']]
+def same_weights(a, b): return all(torch.equal(x, y) for x,y in zip(load_file(a/'model.safetensors').values(), load_file(b/'model.safetensors').values()))
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
@@ -25,39 +33,131 @@ def whole(tmp_path_factory):
     finish(train(out, '--epochs', 3))
     return out
 
-def test_two_processes_have_the_loss_curve_of_one(whole, tmp_path):
-    said = finish(train(tmp_path/'run', '--epochs', 3, launch=[f'{here}/accelerate','launch','--cpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no']))
-    assert said.count('photographs to train on')==1 # one of them speaks
-    one,two = history(whole),history(tmp_path/'run')
-    made = [json.loads((f/'model.json').read_text())['info'] for f in (whole, tmp_path/'run')]
-    assert [m['processes'] for m in made]==[1, 2] and made[0]['batch_size']==made[1]['batch_size']==32
-    np.testing.assert_allclose(two.train_loss, one.train_loss, rtol=1e-4) # augmentation is off in `small`'s twin below; the digits' turns are drawn by process 0's seed for its own share
-    np.testing.assert_allclose(two.valid_loss, one.valid_loss, rtol=1e-3)
+def test_two_processes_have_the_loss_curve_of_one(tmp_path):
+    """Without random augmentation, of which each process draws its own: same batches, same losses, same weights.
+    With scores that do not depend on the weights: where two patches have nearly the same score, the least difference in rounding turns
+    their order, and then it is no longer small. (Variance begins to differ in the 13th batch of this very training.)"""
+    script = tmp_path/'fit.py'
+    script.write_text(textwrap.dedent('''
+        import sys, torch
+        from fastai.torch_core import num_distrib, rank_distrib, set_seed
+        from attn_diversity.distributed import join_processes
+        join_processes()
+        open(f'{sys.argv[1]}.{rank_distrib()}-of-{num_distrib()}', 'w')
+        from fastai.callback.core import Callback
+        from attn_diversity.callbacks import ThroughputCallback
+        from attn_diversity.data import digits_dls
+        from attn_diversity.learner import prune_learner, save_vit
+        from attn_diversity.resume import fit_saved
+        set_seed(0)
+        dls = digits_dls(32, batch_size=30, augment=False) # 359 validation digits: the last batch of 29 is no equal share
+        def place(a): return torch.arange(a.shape[-1], dtype=torch.float32).expand(len(a), -1)
+        learn = prune_learner(dls, 'vit_tiny_patch16_224', place, .5, fuse=False, pretrained=False, lr=1e-3, patch_size=8, embed_dim=48, depth=4, num_heads=3)
+        learn.model.double()
+        class Double(Callback):
+            order = 15
+            def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
+        set_seed(0)
+        with learn.no_bar(), learn.no_logging(): fit_saved(learn, 3, sys.argv[1], cbs=[Double(), ThroughputCallback()])
+        if not rank_distrib(): save_vit(learn, sys.argv[1])
+    '''))
+    finish(start(sys.executable, script, tmp_path/'one'))
+    finish(start(*torchrun, script, tmp_path/'two'))
+    assert {f.name for f in tmp_path.glob('two.*')}=={'two.0-of-2','two.1-of-2'}
+    one,two = history(tmp_path/'one'),history(tmp_path/'two')
+    np.testing.assert_allclose(two, one, rtol=1e-6) # what the columns, in float32, can tell
+    for a,b in zip(*(load_file(tmp_path/n/'model.safetensors').values() for n in ('one','two'))): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    speed = [pd.read_csv(tmp_path/n/'history.csv') for n in ('one','two')]
+    for s in speed: # images of all processes, over the seconds of the epoch: an upper bound of either clock
+        assert (s['img/s']*s.seconds >= 1430*.5).all(), s
+
+def test_the_command_in_two_processes(tmp_path):
+    said = finish(start(*accelerate, '-m', 'attn_diversity', 'train', *small, '--out', tmp_path/'run', '--epochs', 1))
+    assert said.count('photographs to train on')==1 and said.count('accuracy 0.')==1 # one of them speaks
+    info = json.loads((tmp_path/'run'/'model.json').read_text())['info']
+    assert info['processes']==2 and info['batch_size']==32
+    said = start(*accelerate, '-m', 'attn_diversity', 'train', *small, '--out', tmp_path/'odd', '--epochs', 1, '--batch_size', 33).communicate()[0]
+    assert 'cannot be shared equally by 2 processes' in said
 
 def test_kill_in_the_middle_of_an_epoch_then_resume(whole, tmp_path):
     out = tmp_path/'run'
     p = train(out, '--epochs', 3)
-    while not list(out.glob('checkpoints/epoch-0001-*.pt')): # the first epoch is saved
-        assert p.poll() is None, p.communicate()[0]
-        time.sleep(.02)
+    until_saved(p, out, 1)
     time.sleep(.5)
     p.kill() # -9
     p.communicate()
     assert not (out/'model.json').exists()
     refused = train(out, '--epochs', 3)
     assert '--resume' in refused.communicate()[0] and refused.returncode==1
-    said = finish(train(out, '--epochs', 3, '--resume'))
-    assert 'Going on in' in said
+    assert 'Going on in' in finish(train(out, '--epochs', 3, '--resume'))
     pd.testing.assert_frame_equal(history(out), history(whole)) # bit by bit
-    for a,b in zip(load_file(out/'model.safetensors').values(), load_file(whole/'model.safetensors').values()): assert torch.equal(a, b)
+    assert same_weights(out, whole)
 
 def test_sigterm_saves_before_it_leaves(whole, tmp_path):
     out = tmp_path/'run'
     p = train(out, '--epochs', 3)
-    while not list(out.glob('checkpoints/epoch-0001-*.pt')): time.sleep(.02)
+    until_saved(p, out, 1)
     time.sleep(.3)
     p.send_signal(signal.SIGTERM)
     said = p.communicate(timeout=60)[0]
     assert p.returncode==128+signal.SIGTERM and 'Stopped' in said and '--resume' in said
     finish(train(out, '--epochs', 3, '--resume'))
     pd.testing.assert_frame_equal(history(out), history(whole))
+    assert same_weights(out, whole)
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_twenty_kills_lose_nothing_but_the_epoch_under_way(tmp_path):
+    "Children of one process that has only imported, so that a restart takes a tenth of a second"
+    script = tmp_path/'kills.py'
+    script.write_text(textwrap.dedent('''
+        import os, random, signal, sys, time
+        from pathlib import Path
+        from fastai.torch_core import set_seed
+        from attn_diversity.data import digits_dls
+        from attn_diversity.learner import prune_learner, save_vit
+        from attn_diversity.resume import _checkpoints, fit_saved
+        out = Path(sys.argv[1])
+        def child(folder, resume):
+            pid = os.fork()
+            if pid: return pid
+            set_seed(0)
+            learn = prune_learner(digits_dls(16, batch_size=64), 'vit_tiny_patch16_224', method='evit', keep_rate=.5, pretrained=False, lr=1e-3, patch_size=4, embed_dim=48, depth=4, num_heads=3, ema=.9)
+            with learn.no_bar(), learn.no_logging(): fit_saved(learn, 12, folder, resume=resume)
+            save_vit(learn, folder)
+            os._exit(0)
+        assert os.waitpid(child(out/'whole', False), 0)[1]==0
+        rng,kills,done = random.Random(0),0,0
+        while kills<20:
+            pid = child(out/'run', True)
+            time.sleep(rng.uniform(.05, 1.5))
+            os.kill(pid, signal.SIGKILL)
+            if os.WIFSIGNALED(os.waitpid(pid, 0)[1]): kills += 1
+            saved = max((n for n,*_ in _checkpoints(out/'run'/'checkpoints')), default=0)
+            assert saved>=done, (saved, done) # no epoch that was saved is ever lost
+            done = saved
+            print(kills, 'kills,', done, 'epochs')
+        assert os.waitpid(child(out/'run', True), 0)[1]==0
+    '''))
+    said = finish(start(sys.executable, script, tmp_path))
+    assert '20 kills' in said
+    pd.testing.assert_frame_equal(history(tmp_path/'run'), history(tmp_path/'whole'))
+    assert same_weights(tmp_path/'run', tmp_path/'whole')
+
+def test_two_workers_share_a_sweep(tmp_path):
+    "Each run of Table 2 is done once, by one of them"
+    args = ['sweep','--table',2,'--data','digits','--out',tmp_path/'runs','--epochs',1,'--base_epochs',1,'--batch_size',128]
+    workers = [start(sys.executable, '-m', 'attn_diversity', *args) for _ in range(2)]
+    said = [finish(w) for w in workers]
+    for run in ('variance-0.6-fused','medad-0.6-fused','evit-0.6-fused','tome','base'):
+        assert (tmp_path/'runs'/run/'result.json').exists(), said
+        assert sum(s.count(f': {run}\n') for s in said)==1 or run=='base', (run, said) # "2 of 4: medad-0.6-fused"
+    assert sum(s.count('base: an unpruned ViT') for s in said)==1
+    assert all(': ' in s for s in said)
+    report = finish(start(sys.executable, '-m', 'attn_diversity', 'report', '--table', 2, '--out', tmp_path/'runs'))
+    assert 'variance' in report and (tmp_path/'runs'/'table-2.html').exists()
+
+def test_help_of_every_command():
+    for name in ('train','prepare','sweep','report','bench','demo'):
+        assert '--help' in finish(start(sys.executable, '-m', 'attn_diversity', name, '--help'))
+    p = start(sys.executable, '-m', 'attn_diversity', 'tarin')
+    assert 'train|prepare' in p.communicate()[0] and p.returncode==1
