@@ -123,7 +123,7 @@ def device_name(
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type=='cuda' else f'{device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)' if device.type=='cpu' else device.type
 
-# %% ../nbs/07_measure.ipynb #db2f0044
+# %% ../nbs/07_measure.ipynb #47c1ac27
 _DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 
 def _run(model, x, amp=None, compile=False, training=False): # one batch as a function, and the bytes that stay allocated between batches
