@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'apply_method', 'method_config', 'match_flops', 'quality', 'compare']
 
-# %% ../nbs/07c_methods.ipynb #882fa59e
+# %% ../nbs/07c_methods.ipynb #8b7c0d90
 import copy, math
 import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .measure import _evaluating, count_flops
 from .pruning import _stages, indicator_name, prune_vit, pruning_config, set_keep_rate
 from .tome import MergedBlock, merge_vit, set_r
 
-# %% ../nbs/07c_methods.ipynb #20069d26
+# %% ../nbs/07c_methods.ipynb #1da3d8d1
 METHODS = (*INDICATORS, 'evit', 'tome', 'dynamicvit', 'none') # what `apply_method` knows by name
 
 def apply_method(
