@@ -39,7 +39,7 @@ def test_arrows_point_up():
 
 def test_constraints_pin_what_developers_install():
     pinned = {l.split('==')[0].lower().replace('_','-') for l in (root/'constraints.txt').read_text().splitlines() if '==' in l}
-    wanted = {re.split('[<>=]', r)[0].lower().replace('_','-') for r in (settings['requirements']+' '+settings['dev_requirements']).split()}
+    wanted = {re.split('[<>=;]', r)[0].lower().replace('_','-') for r in (settings['requirements']+' '+settings['dev_requirements']).split()}
     assert wanted<=pinned, wanted-pinned
 
 def test_quarto_stub_finds_its_targets():
