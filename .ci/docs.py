@@ -67,6 +67,7 @@ def smalldocs():
         up = '../'*(len(f.relative_to(proc/'_docs').parts)-1)
         t = re.sub(r'(<loc>[^<]*/)(\S+?)(</loc>)', lambda m: m[1]+names.get(m[2], m[2])+m[3], t) if f.suffix=='.xml' else old_names.sub(lambda m: names[m[1]], t)
         if f.suffix=='.html':
+            t = re.sub(f'(content="{re.escape(site_url())})[^"]*/(?=images/)', r'\1', t) # the social card's picture
             t = t.replace(f'href="{site_url()}', f'href="{up}')
             t = re.sub(r'<(link|script)[^>]*katex[^>]*>(</script>)?', '', t)
             t = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, t, flags=re.S)
