@@ -55,7 +55,7 @@ def smalldocs():
     "What smalldocs lacks beside Quarto: nbdev's file names, links to the site's own address that work from any address, formulas without a network"
     try: import smalldocs.site as sd
     except ImportError: raise SystemExit('make docs wants Quarto (https://quarto.org) or smalldocs, which `make install` brings for Python 3.11 and later.')
-    known = ('output-file is not read', 'format commonmark')
+    known = ('output-file is not read', 'format commonmark', 'format.html.grid') # only for Quarto
     for w in sd.build(proc, quiet=True).warnings:
         if not any(k in w for k in known): print('warning:', w, file=sys.stderr)
     names = {f.relative_to(proc).with_suffix('.html').as_posix(): page_name(json.loads(f.read_text(encoding='utf-8')), f) for f in proc.rglob('*.ipynb')}
