@@ -108,7 +108,7 @@ def test_side_bar_shows_the_course_in_order(site):
 
 def test_nothing_raw_in_the_text(site):
     for name,p in site.pages.items():
-        for what in (r'#\|', r'@(fig|tbl|eq|sec)-', r'\\[(\[]', r'\$\$', r'\{\{<', r'^:::', r'\]\(', r'\*\*'):
+        for what in (r'#\|', r'@(fig|tbl|eq|sec)-', r'\\[(\[]', r'\$\$', r'\{\{<', r'^:::', r'\]\(', r'\*\*', '`'):
             found = re.search(f'.{{0,40}}{what}.{{0,40}}', p['prose'], flags=re.M)
             assert not found, f'{name}: {found[0]}'
         for c in p['code']: assert not re.search(r'^\s*#\|', c, flags=re.M), f'{name}: {c[:200]}'
