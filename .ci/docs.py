@@ -9,7 +9,7 @@ site_url = lambda: yaml.safe_load((proc/'nbdev.yml').read_text(encoding='utf-8')
 
 def anchor(heading):
     "The id that Pandoc makes of a heading"
-    return re.sub(r'^[^a-z]+(?=[a-z_])', '', re.sub(r'[^\w.\- ]', '', heading.lower()).replace(' ', '-')) if not heading.startswith('_') else heading.lower()
+    return re.sub(r'^[^a-z]+', '', re.sub(r'[^\w.\- ]', '', heading.lower()).replace(' ', '-'))
 
 def texts(nb):
     "Every Markdown text of a notebook, with a function that replaces it"
@@ -26,7 +26,7 @@ def process():
     refresh_quarto_yml(); proc_nbs(n_workers=0)
     log = (root/'CHANGELOG.md').read_text(encoding='utf-8').partition('\n')[2] # its first line is the page's title already
     (proc/'changelog.qmd').write_text((root/'nbs'/'changelog.qmd').read_text(encoding='utf-8').replace('{{< include ../CHANGELOG.md >}}', log), encoding='utf-8')
-    for f in proc.rglob('*'): # sources that have gone
+    for f in list(proc.rglob('*')): # sources that have gone
         if f.suffix in ('.ipynb','.qmd','.png') and '_docs' not in f.parts and not (root/'nbs'/f.relative_to(proc)).exists(): f.unlink()
     nbs = {f: json.loads(f.read_text(encoding='utf-8')) for f in proc.rglob('*.ipynb')}
     there = {page_name(nb, f): {anchor(h) for t,_ in texts(nb) for h in re.findall(r'^#+ (.+)$', t, flags=re.M)} for f,nb in nbs.items()}
@@ -61,7 +61,7 @@ def smalldocs():
     names = {f.relative_to(proc).with_suffix('.html').as_posix(): page_name(json.loads(f.read_text(encoding='utf-8')), f) for f in proc.rglob('*.ipynb')}
     names = {a:b for a,b in names.items() if a!=b}
     old_names = re.compile(r'(?<=["/])('+'|'.join(re.escape(a) for a in names)+r')(?=["#])')
-    for f in (proc/'_docs').rglob('*'):
+    for f in list((proc/'_docs').rglob('*')):
         if f.suffix not in ('.html','.json','.xml') or 'site_libs' in f.parts: continue
         t = f.read_text(encoding='utf-8')
         up = '../'*(len(f.relative_to(proc/'_docs').parts)-1)
