@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 
-.PHONY: help install demo test test-slow export readme clean
+.PHONY: help install demo test test-slow export readme docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -36,6 +36,9 @@ export: install ## notebooks to modules, and clean notebooks
 
 readme: install ## README.md from nbs/index.ipynb
 	$(BIN)/python .ci/readme.py
+
+docs: install ## the site in _docs, by Quarto where there is one, else by smalldocs; runs no notebook
+	$(BIN)/python .ci/docs.py
 
 clean: ## remove what commands and builds wrote
 	rm -rf _proc _docs build dist attn_diversity_bench attn_diversity_demo attn_diversity_train
