@@ -46,7 +46,7 @@ def _free_folder(out, overwrite, files): # the folder; without `overwrite` it mu
     if there and not overwrite: raise FileExistsError(f"{out} already holds {', '.join(there)}: choose another --out, or pass --overwrite to replace them.")
     return out
 
-# %% ../nbs/14_commands.ipynb #672d752b
+# %% ../nbs/14_commands.ipynb #43748d59
 _RESULTS = ['model.safetensors','model.json','history.csv','kept_patches.png']
 
 @call_parse
@@ -91,6 +91,7 @@ def train(
         if resume and (out/'model.json').exists(): raise FileExistsError(f"The training in {out} is finished. Choose another --out, or --overwrite to train anew.")
         join_processes() # each takes its GPU before the data ask for one
         first = not rank_distrib() # speaks and writes for all processes
+        set_seed(seed) # the loader draws its own generator's seed when it is made
         dls = find_dls(path, img_size, batch_size, seed, valid_pct, n_workers)
         if first: print(f"{len(dls.train_ds)} photographs to train on, {len(dls.valid_ds)} to validate, {len(dls.vocab)} classes: {', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}")
         set_seed(seed)
@@ -205,7 +206,7 @@ def bench(
     print(f"Written: {out/'bench.csv'}, {out/'bench.json'}, {out/'bench.png'}")
     if not _is_command('attn_diversity_bench'): return table # a shell would take it for an exit status
 
-# %% ../nbs/14_commands.ipynb #4fa6fbbd
+# %% ../nbs/14_commands.ipynb #ece3e22d
 @call_parse
 def demo(
     keep_rate:float=0.7, # share of the tokens each stage keeps, in (0, 1]
@@ -221,8 +222,8 @@ def demo(
         out = Path(out).expanduser()
         out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    dls = digits_dls(batch_size=32, seed=seed)
     set_seed(seed)
+    dls = digits_dls(batch_size=32, seed=seed)
     learn = demo_vit(dls=dls)
     print(f"1. Training the unpruned ViT: 12 blocks, 6 heads, {learn.model.patch_embed.num_patches} patches, {len(dls.train_ds)} digits, {epochs} epochs")
     seconds = _seconds_an_epoch(learn, epochs, learn.fit_one_cycle, pct_start=.2)

@@ -195,8 +195,9 @@ def _noting(callback): # signals become a note to the callback
     finally:
         for s,f in former.items(): signal.signal(s, f)
 
-# %% ../nbs/10c_resume.ipynb #44775d5e
+# %% ../nbs/10c_resume.ipynb #58681020
 def _fit_from(learn, start): # fastai's loop over the epochs, from one of them on (its own `start_epoch` adds an empty line for each that it skips)
+    if start and getattr(getattr(learn, 'progress', None), 'mbar', None): learn.progress.mbar.update(0) # a bar of fastprogress has to begin at 0
     for epoch in range(start, learn.n_epoch):
         learn.epoch = epoch
         learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)

@@ -30,7 +30,7 @@ def test_train_writes_everything_and_comes_back(photos, tmp_path):
     (photos/'china'/'bad.jpg').unlink()
     assert r.returncode==0, r.stderr
     assert 'bad.jpg' in r.stderr and '9 -> 6 -> 4 -> 3 tokens' in r.stdout
-    assert {f.name for f in (tmp_path/'run').iterdir()}=={'model.safetensors','model.json','history.csv','kept_patches.png'}
+    assert {f.name for f in (tmp_path/'run').iterdir()}=={'best','model.safetensors','model.json','history.csv','kept_patches.png'}
     made = json.loads((tmp_path/'run'/'model.json').read_text())
     assert made['classes']==['china','flower'] and made['pruning']['method']=='medad'
     history = pd.read_csv(tmp_path/'run'/'history.csv')
