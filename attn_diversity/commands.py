@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train', 'prepare_command', 'sweep', 'report_command', 'bench', 'demo']
 
-# %% ../nbs/14_commands.ipynb #d1c7d7d0
+# %% ../nbs/14_commands.ipynb #e4874e07
 import copy, json, platform, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from .bench import benchmark, plot_speed
 from .callbacks import FlopsCallback, ThroughputCallback
 from .data import IMAGENET100, digits_dls
 from .distributed import join_processes
-from .experiments import demo_vit, find_dls, report, run_table
+from .experiments import check_outside, demo_vit, find_dls, report, run_table
 from .indicators import get_indicator
 from .learner import RECIPES, load_vit, prune_learner, save_vit
 from .measure import _plain
@@ -25,7 +25,7 @@ from .pruning import _keep_rates, stage_tokens
 from .resume import _checkpoints, fit_saved
 from .vis import show_stages
 
-# %% ../nbs/14_commands.ipynb #3edbbdf1
+# %% ../nbs/14_commands.ipynb #ecec5a07
 def _is_command(name): return Path(sys.argv[0]).stem==name # typed in a shell, not called from Python
 
 @contextmanager
@@ -34,6 +34,9 @@ def _plain_errors(name): # for a command, not for a call from Python
     except (ValueError, TypeError, OSError, RuntimeError) as e:
         if not _is_command(name) or not str(e): raise
         sys.exit(f"{name}: {e}")
+    except KeyboardInterrupt: # what there is to say has been said
+        if not _is_command(name): raise
+        sys.exit(130)
 
 def _seconds_an_epoch(learn, epochs, fit, **kw): # runs `fit` and returns wall seconds an epoch, validation included
     start = time.perf_counter()
@@ -42,11 +45,12 @@ def _seconds_an_epoch(learn, epochs, fit, **kw): # runs `fit` and returns wall s
 
 def _free_folder(out, overwrite, files): # the folder; without `overwrite` it must hold none of the files
     out = Path(out).expanduser()
+    if out.is_file(): raise NotADirectoryError(f"{out} is a file: give a folder for the results.")
     there = [f for f in files if (out/f).exists()]
     if there and not overwrite: raise FileExistsError(f"{out} already holds {', '.join(there)}: choose another --out, or pass --overwrite to replace them.")
     return out
 
-# %% ../nbs/14_commands.ipynb #43748d59
+# %% ../nbs/14_commands.ipynb #fe8b0fa8
 _RESULTS = ['model.safetensors','model.json','history.csv','kept_patches.png']
 
 @call_parse
@@ -91,7 +95,7 @@ def train(
         if resume and (out/'model.json').exists(): raise FileExistsError(f"The training in {out} is finished. Choose another --out, or --overwrite to train anew.")
         join_processes() # each takes its GPU before the data ask for one
         first = not rank_distrib() # speaks and writes for all processes
-        set_seed(seed) # the loader draws its own generator's seed when it is made
+        check_outside(out, path)
         dls = find_dls(path, img_size, batch_size, seed, valid_pct, n_workers)
         if first: print(f"{len(dls.train_ds)} photographs to train on, {len(dls.valid_ds)} to validate, {len(dls.vocab)} classes: {', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}")
         set_seed(seed)
@@ -100,9 +104,10 @@ def train(
         if first: # only now: a mistake leaves nothing behind
             out.mkdir(parents=True, exist_ok=True)
             if overwrite:
-                for *_,f in _checkpoints(out/'checkpoints'): f.unlink()
+                for f in [*(f for *_,f in _checkpoints(out/'checkpoints')), *(out/n for n in _RESULTS), *(out/'best'/n for n in _RESULTS[:2])]: f.unlink(missing_ok=True)
             print(f"{arch}: {' -> '.join(map(str, stage_tokens(_plain(learn.model))))} tokens, by {indicator}")
-        set_seed(seed) # the same order of photographs, whatever random numbers the weights needed
+        if num_distrib()>1: torch.distributed.barrier() # nobody looks into the folder before it is in order
+        set_seed(seed) # the same random numbers, however many the weights needed
         start = time.perf_counter()
         result = fit_saved(learn, epochs, out, resume=resume, cbs=[FlopsCallback(), ThroughputCallback()], seed=seed)
     if not first: return
@@ -113,7 +118,7 @@ def train(
     fig = show_stages(_plain(learn.model), x[:4], titles=[dls.vocab[int(c)] for c in y[:4]])
     fig.savefig(out/'kept_patches.png', dpi=100); plt.close(fig)
     for *_,f in _checkpoints(out/'checkpoints'): f.unlink() # finished: the weights are in model.safetensors and best/
-    if (out/'checkpoints').is_dir(): (out/'checkpoints').rmdir()
+    if (out/'checkpoints').is_dir() and not any((out/'checkpoints').iterdir()): (out/'checkpoints').rmdir()
     print(f"accuracy {result['accuracy']:.4f} after {epochs} epochs (best {result['best_accuracy']:.4f} in epoch {result['best_epoch']}, in {out/'best'}), {result['seconds_an_epoch']:.1f} s an epoch. In {out}: {', '.join(_RESULTS)}")
     if not _is_command('attn_diversity_train'): return result # a shell would take it for an exit status
 

@@ -7,7 +7,7 @@ __all__ = ['Predictor', 'masked_attend', 'floor_count', 'MaskedBlock', 'DynamicB
            'set_dynamic_rate', 'dynamic_tokens', 'trace_dynamic', 'decisions', 'ratio_loss', 'token_loss',
            'DynamicLoss']
 
-# %% ../nbs/06_dynamicvit.ipynb #7eaa113a
+# %% ../nbs/06_dynamicvit.ipynb #a6db3858
 import math
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.callback.hook import hook_output
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from .pruning import _block_ids, _check_vit, _keep_rates, _narrow, _take, _trace
+from .pruning import _block_ids, _check_vit, _keep_rates, _narrow, _plain, _take, _trace
 
 # %% ../nbs/06_dynamicvit.ipynb #bfd92921
 class Predictor(nn.Module):
@@ -225,7 +225,7 @@ def token_loss(
     kept = kept.detach()
     return ((tokens.float()-wanted.float()).square().mean(-1)*kept).sum()/kept.sum().clamp(min=1)
 
-# %% ../nbs/06_dynamicvit.ipynb #4961efe6
+# %% ../nbs/06_dynamicvit.ipynb #b49646e6
 class DynamicLoss(Callback):
     "Adds DynamicViT's ratio loss and its distillation from an unpruned teacher to the learner's own loss, in training"
     run_valid = False
@@ -238,26 +238,26 @@ class DynamicLoss(Callback):
         self.teacher,self.ratio,self.kl,self.tokens,self.hook,self.kept = teacher,ratio,kl,tokens,None,[] # kept: of each step in training, the mean kept fraction a stage
 
     def before_fit(self):
-        stages,t = _dynamic(self.model),self.teacher
+        stages,t = _dynamic(_plain(self.model)),self.teacher
         if t is not None:
             if not isinstance(t, VisionTransformer) or any(type(b) is not Block for b in t.blocks):
                 raise TypeError(f"The teacher, a {type(t).__name__}, must be the unpruned timm ViT: a copy.deepcopy(model) from before dynamic_vit; or None.")
-            if t.num_classes!=self.model.num_classes: raise ValueError(f"The teacher knows {t.num_classes} classes and the model {self.model.num_classes}: train the teacher on the same classes first.")
+            if t.num_classes!=_plain(self.model).num_classes: raise ValueError(f"The teacher knows {t.num_classes} classes and the model {_plain(self.model).num_classes}: train the teacher on the same classes first.")
             t.eval().to(next(self.model.parameters()).device)
         if self.hook is not None: self.hook.remove() # of a fit that broke off
-        self.hook,self.kept = hook_output(self.model.norm, detach=False),[]
+        self.hook,self.kept = hook_output(_plain(self.model).norm, detach=False),[]
 
     def after_loss(self):
-        kept = [d.as_subclass(Tensor) for d in decisions(self.model)]
+        kept = [d.as_subclass(Tensor) for d in decisions(_plain(self.model))]
         self.kept.append(torch.stack([d.detach().mean() for d in kept]))
-        loss = self.ratio*ratio_loss(kept, [b.share for b in _dynamic(self.model).values()])
+        loss = self.ratio*ratio_loss(kept, [b.share for b in _dynamic(_plain(self.model)).values()])
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = self.teacher.forward_features(*self.xb)
                 y = self.teacher.forward_head(wanted).float().log_softmax(-1).as_subclass(Tensor)
             if self.kl: loss = loss + self.kl*F.kl_div(self.pred.as_subclass(Tensor).float().log_softmax(-1), y, reduction='batchmean', log_target=True)
             if self.tokens:
-                t,w = (v.as_subclass(Tensor)[:,self.model.num_prefix_tokens:] for v in (self.hook.stored, wanted))
+                t,w = (v.as_subclass(Tensor)[:,_plain(self.model).num_prefix_tokens:] for v in (self.hook.stored, wanted))
                 loss = loss + self.tokens*token_loss(t, w, kept[-1])
         self.learn.loss_grad = self.loss_grad + loss
         self.learn.loss = self.loss_grad.clone() # what the recorder shows

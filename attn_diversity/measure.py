@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Measured', 'count_flops', 'device_name', 'throughput', 'training_throughput', 'peak_memory']
 
-# %% ../nbs/07_measure.ipynb #30768edf
+# %% ../nbs/07_measure.ipynb #3427c088
 import copy, math, os, re, time
 from collections import Counter
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from fvcore.nn import FlopCountAnalysis
 from timm.layers import Attention
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from .pruning import _plain
 
 # %% ../nbs/07_measure.ipynb #0e4802e9
 class Measured(float):
@@ -31,7 +32,7 @@ class Measured(float):
         if self.parts: return pd.DataFrame({'part': list(self.parts), self.unit: list(self.parts.values()), 'share': [v/self if self else math.nan for v in self.parts.values()]})
         return pd.DataFrame([{self.unit: float(self), **self.about}])
 
-# %% ../nbs/07_measure.ipynb #d26b50c2
+# %% ../nbs/07_measure.ipynb #c67ff3c0
 def _images(model, n, img_size=None): # n images of noise as the model takes them
     if not isinstance(n, Integral) or n<1: raise ValueError(f"batch_size={n!r}: it must be a whole number from 1.")
     embed,cfg = getattr(model, 'patch_embed', None),getattr(model, 'pretrained_cfg', {}) or {}
@@ -50,10 +51,6 @@ def _evaluating(model): # in eval mode, and each module as it was afterwards
     try: yield
     finally:
         for m in training: m.training = True
-
-def _plain(model): # what torch.compile or data-parallel training has wrapped
-    model = getattr(model, '_orig_mod', model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 # %% ../nbs/07_measure.ipynb #c39231b2
 def _sdpa(inputs, outputs): # what fvcore lacks: both products of attention, one a multiply-add

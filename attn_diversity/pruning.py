@@ -145,7 +145,7 @@ def _intermediates(model, x, indices=None, return_prefix_tokens=False, norm=Fals
     if return_prefix_tokens: dense = list(zip(dense, prefix))
     return dense if intermediates_only else (out['image_features'], dense)
 
-# %% ../nbs/03_pruning.ipynb #b964d951
+# %% ../nbs/03_pruning.ipynb #3755dbcc
 def _stages(model): # the pruned blocks of a model, by index
     return {i:b for i,b in enumerate(getattr(model, 'blocks', ())) if isinstance(b, PrunedBlock)}
 
@@ -160,6 +160,10 @@ def _keep_rates(keep_rate, n): # one number or one a stage -> a list of n
     for r in rates:
         if not isinstance(r, Real) or not 0<r<=1: raise ValueError(f"keep_rate={r!r}: the share of patches to keep must lie in (0, 1]; 0.7 keeps 70%, 1 prunes nothing.")
     return [float(r) for r in rates]
+
+def _plain(model): # what torch.compile or data-parallel training has wrapped
+    model = getattr(model, '_orig_mod', model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 def _check_vit(model, fuse): # whether pruning is defined for this model
     kind,known = type(model).__name__,"timm VisionTransformers with a class token and plain blocks: vit_*, deit_*, deit3_*, vit_*_dinov2 and their like"

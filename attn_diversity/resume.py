@@ -110,10 +110,14 @@ def read_checkpoint(
         except Exception as e: warnings.warn(f"The checkpoint {path} is damaged ({str(e).splitlines()[0]}) and passed over.")
     if found: raise ValueError(f"All {len(found)} checkpoints in {folder} are damaged: start again in another folder, or remove them.")
 
-# %% ../nbs/10c_resume.ipynb #5dc03a5d
+# %% ../nbs/10c_resume.ipynb #7f717143
 class _Rest(list): # what is left of an epoch's order; random states are set when the first image is about to be read
     def __init__(self, idxs, then): super().__init__(idxs); self.then = then
     def __iter__(self): self.then(); return super().__iter__()
+
+def _leave(number): # as a process that the signal had ended
+    if number==signal.SIGTERM: raise SystemExit(128+signal.SIGTERM)
+    raise KeyboardInterrupt
 
 class Checkpoints(Callback):
     "Saves a training at the end of each epoch, and where it is asked to stop; puts it back where it was"
@@ -130,14 +134,22 @@ class Checkpoints(Callback):
         if self.state is None: return
         set_training_state(self.learn, self.state)
         self.seconds,self.best = list(self.state['seconds']),self.state['best']
-    def before_epoch(self): self.order_state,self.done,self.began = _inner(self.dls.train).rng.getstate(),0,time.perf_counter()
-    def before_train(self):
+    def before_epoch(self):
+        self.order_state,self.done,self.began = _inner(self.dls.train).rng.getstate(),0,time.perf_counter()
+        if self.state is not None: self.began -= self.state['elapsed'] # of the part before the stop
+    def _other_random(self): # processes but the first keep no random states: theirs follow from the seed and the place
+        if not rank_distrib(): return
+        seed = ((self.settings or {}).get('seed', 0)*1_000_003 + rank_distrib())*100_003 + self.learn.train_iter
+        random.seed(seed); np.random.seed(seed%2**32); torch.manual_seed(seed%2**63)
+    def before_train(self): self._go_on(); self._other_random()
+    def _go_on(self):
         if self.state is None: return
         s,dl = self.state,self.learn.dl
         self.state = None
         _inner(dl).rng.setstate(s['loader'])
         self.order_state,self.done = s['loader'],s['batch']
-        self.learn.train_iter,put = s['train_iter'],partial(_set_random_states, s['random'])
+        self.learn.train_iter = s['train_iter']
+        def put(): _set_random_states(s['random']); self._other_random()
         if not self.done: return put() # `pct_train` is that of the epoch's beginning already
         self.learn.pct_train = s['pct_train']
         whole,skip = dl.get_idxs,self.done*dl.bs
@@ -150,32 +162,32 @@ class Checkpoints(Callback):
         if hasattr(self, 'patched'): del self.patched.get_idxs; del self.patched
         self.trained = _random_states() # a stop in the validation goes back to its beginning
     def after_batch(self):
-        if self.training: self.done += 1
+        if self.training: self.done += 1; self._other_random()
         if self.asked is None or rank_distrib(): return
         self._write(self.learn.epoch, self.done, **({} if self.training else dict(random=self.trained)))
         where = f"after batch {self.done} of epoch {self.learn.epoch}" if self.training else f"in the validation of epoch {self.learn.epoch}"
         print(f"\nStopped {where} by {signal.Signals(self.asked).name}. Saved in {self.folder/'checkpoints'}: the same call with resume=True, or the command with --resume, goes on from there.")
-        if self.asked==signal.SIGTERM: raise SystemExit(128+signal.SIGTERM)
-        raise KeyboardInterrupt
+        _leave(self.asked)
 
     def after_epoch(self):
         self.seconds.append(time.perf_counter()-self.began)
         if rank_distrib(): return
         values,score = self.recorder.values[-1],_score(self.recorder)
-        if self.best is None or score>self.best['score']:
+        if self.best is None or not self.best['score']>=score: # the first of equals; not a number is beaten by anything
             self.best = dict(epoch=self.learn.epoch, score=score)
             if hasattr(self.learn, 'recipe'): save_vit(self.learn, self.folder/'best', epoch=self.learn.epoch, **dict(zip(self.recorder.metric_names[1:], values)))
         self.order_state = _inner(self.dls.train).rng.getstate()
         self._write(self.learn.epoch+1, 0)
         history(self).to_csv(self.folder/'history.csv', index=False)
     def _write(self, epoch, batch, **more):
-        place = dict(epoch=epoch, batch=batch, loader=self.order_state, settings=self.settings, seconds=self.seconds, best=self.best)
+        place = dict(epoch=epoch, batch=batch, loader=self.order_state, settings=self.settings, seconds=self.seconds, best=self.best, elapsed=time.perf_counter()-self.began if batch else 0.)
         write_checkpoint({**training_state(self.learn), **place, **more}, self.folder/'checkpoints', self.keep)
 
-def _score(recorder, i=-1): # of epoch i: the first metric, higher is better; without a metric the negative validation loss
+def _score(recorder, i=-1): # of epoch i, higher is better: the first metric, less an error or a loss; without a metric the negative validation loss
     names,v = list(recorder.metric_names)[1:],recorder.values[i]
     at = names.index('valid_loss')
-    return float(v[at+1]) if len(recorder.learn.metrics) else -float(v[at])
+    if not len(recorder.learn.metrics): return -float(v[at])
+    return float(v[at+1])*(-1 if any(w in names[at+1] for w in ('error','loss')) else 1)
 
 def history(
     checkpoints:Checkpoints # of a Learner that was trained
@@ -187,15 +199,15 @@ def history(
 @contextmanager
 def _noting(callback): # signals become a note to the callback
     def note(number, frame):
-        if callback.asked is not None: raise KeyboardInterrupt # the second time at once
-        callback.asked = number
+        if callback.asked is not None and time.monotonic()-callback.asked_at>2: raise KeyboardInterrupt # the second time at once, but a launcher passes on the same Ctrl-C
+        if callback.asked is None: callback.asked,callback.asked_at = number,time.monotonic()
     if threading.current_thread() is not threading.main_thread(): yield; return # Python allows it there only
     former = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield
     finally:
         for s,f in former.items(): signal.signal(s, f)
 
-# %% ../nbs/10c_resume.ipynb #58681020
+# %% ../nbs/10c_resume.ipynb #0c5ae65f
 def _fit_from(learn, start): # fastai's loop over the epochs, from one of them on (its own `start_epoch` adds an empty line for each that it skips)
     if start and getattr(getattr(learn, 'progress', None), 'mbar', None): learn.progress.mbar.update(0) # a bar of fastprogress has to begin at 0
     for epoch in range(start, learn.n_epoch):
@@ -225,6 +237,7 @@ def fit_saved(
         other = [f"{k}: {state['settings'].get(k)!r} then, {settings.get(k)!r} now" for k in {**state['settings'], **settings} if state['settings'].get(k)!=settings.get(k)]
         if other: raise ValueError(f"The run in {folder} was started with other settings ({'; '.join(other)}). Resume it with the same, or choose another folder.")
         if not rank_distrib(): print(f"Going on in {folder}: {state['epoch']} of {epochs} epochs done" + (f", and {state['batch']} batches of the next." if state['batch'] else '.'))
+    elif resume and not rank_distrib(): print(f"There is nothing to resume in {folder}: from the start.")
     saver = Checkpoints(folder, settings, state, keep)
     learn._do_fit = partial(_fit_from, learn, state['epoch'] if state else 0)
     try:
@@ -236,15 +249,17 @@ def fit_saved(
     saver.learn = learn
     table = history(saver)
     table.to_csv(folder/'history.csv', index=False) if not rank_distrib() else None
-    name = list(learn.recorder.metric_names)[3] if len(learn.metrics) else 'score'
-    return dict({f'best_{name}': saver.best['score'], 'best_epoch': saver.best['epoch']} if saver.best else {}, **table.iloc[-1].to_dict())
+    if saver.asked is not None: _leave(saver.asked) # it came when nothing was left to train
+    name = list(learn.recorder.metric_names)[3] if len(learn.metrics) else 'valid_loss'
+    return dict({f'best_{name}': float(table[name][saver.best['epoch']]), 'best_epoch': saver.best['epoch']}, **table.iloc[-1].to_dict())
 
-# %% ../nbs/10c_resume.ipynb #2e68b35b
+# %% ../nbs/10c_resume.ipynb #4376d19e
 def plot_schedules(
     learn:Learner # after a fit
 ): # a matplotlib Figure
     "Learning rate, keep rate and mixing as they were, batch by batch: what the Learner did, not what a formula says"
     import matplotlib.pyplot as plt
+    if not getattr(learn.recorder, 'losses', None) or not hasattr(learn, 'cosine_schedule'): raise ValueError("There is nothing to draw yet: fit a Learner that prune_learner made, then draw its schedules.")
     n,series = len(learn.recorder.losses),[('learning rate', learn.cosine_schedule.hps.get('lr', []))]
     if hasattr(learn, 'keep_rate_schedule'): series.append(('keep rate', learn.keep_rate_schedule.rates))
     mix = learn.mix.log if hasattr(learn, 'mix') else []
@@ -254,9 +269,10 @@ def plot_schedules(
         for kind,colour,mark in (('mixup','#0072B2','o'), ('cutmix','#D55E00','^'), ('none','#999999','x')):
             at = [i for i,(k,_) in enumerate(mix) if k==kind]
             axs[-1,0].plot(at, [mix[i][1] for i in at], mark, color=colour, ms=3, label=kind)
-        axs[-1,0].set_ylabel('lambda: share of\nthe first image'); axs[-1,0].legend(ncols=3, fontsize=8)
+        axs[-1,0].set_ylabel('lambda: share of\nthe first image'); axs[-1,0].legend(ncols=3, fontsize=8, loc='upper right')
     for ax in axs[:,0]:
         ax.grid(alpha=.3); ax.set_ylim(0)
         for e in learn.recorder.iters[:-1]: ax.axvline(e-.5, color='grey', ls=':', lw=.8)
+    if mix: axs[-1,0].set_ylim(0, 1.3) # room for the legend
     axs[-1,0].set_xlabel(f'batches ({n}); dotted: epochs')
     return fig
