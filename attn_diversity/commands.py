@@ -136,7 +136,7 @@ def prepare_command(
     with _plain_errors('attn_diversity_prepare'): result = prepare(path, out, short_side, n_workers, quality, IMAGENET100 if imagenet100 else None)
     if not _is_command('attn_diversity_prepare'): return result
 
-# %% ../nbs/14_commands.ipynb #15f0ba71
+# %% ../nbs/14_commands.ipynb #8a61c88f
 @call_parse
 def sweep(
     table:int=2, # of the paper: 1 (29 models), 2 (4) or 3 (15)
@@ -146,6 +146,7 @@ def sweep(
     recipe:str=None, # paper or quick; default paper, for the digits quick
     arch:str='deit_small_patch16_224', # timm ViT; the digits have their own
     checkpoint:str=None, # weights to start from; default timm's hub
+    scratch:bool=False, # start from random weights
     img_size:int=224, # side of the images, in pixels; the digits have 24
     batch_size:int=None, # images a batch; default the recipe's
     lr:float=None, # learning rate that the cosine starts from; default the recipe's, for the digits 3e-4
@@ -155,7 +156,7 @@ def sweep(
 ):
     "Train every row of a table of the paper that is not done, and write the report"
     with _plain_errors('attn_diversity_sweep'):
-        state = run_table(table, data, out, epochs, recipe, arch, checkpoint, img_size, batch_size, lr, seed, n_workers, base_epochs)
+        state = run_table(table, data, out, epochs, recipe, arch, checkpoint, img_size, batch_size, lr, seed, n_workers, base_epochs, **(dict(pretrained=False) if scratch else {}))
         report(table, out)
     print(state.to_string(index=False))
     print(f"{(state.state=='done').sum()} of {len(state)} runs are done. Written: {', '.join(str(Path(out)/f'table-{table}.{s}') for s in ('html','csv','png'))}")
