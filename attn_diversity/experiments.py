@@ -6,13 +6,14 @@
 __all__ = ['PUBLISHED', 'table_runs', 'demo_vit', 'find_dls', 'check_outside', 'row_learner', 'run_table', 'sweep_state',
            'report_table', 'plot_report', 'report']
 
-# %% ../nbs/13_experiments.ipynb #013bdea8
+# %% ../nbs/13_experiments.ipynb #b0353be9
 import io, json, os, platform, time, traceback
 from pathlib import Path
 import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from fastai.data.all import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, set_seed
+from fastcore.basics import defaults
 from filelock import FileLock, Timeout
 from .callbacks import FlopsCallback, ThroughputCallback
 from .data import IMAGENET100, VALID_NAMES, digits_dls, folder_dls, imagenet100_dls
@@ -83,7 +84,7 @@ def table_runs(
     names = ['unpruned' if r.method=='none' else r.method if r.method=='tome' else f"{r.method}-{r.keep_rate:g}{'-fused' if r.fuse else ''}{'-overlap' if r.stride==12 else ''}" for r in rows.itertuples()]
     return rows.assign(run=names)
 
-# %% ../nbs/13_experiments.ipynb #29b25baa
+# %% ../nbs/13_experiments.ipynb #3fbf99e1
 _DIGITS = dict(arch='vit_tiny_patch16_224', patch_size=4, embed_dim=96, depth=12, num_heads=6)
 
 def demo_vit(
@@ -113,6 +114,7 @@ def find_dls(
         dls.train.rng.seed(seed)
         return dls
     path = Path(data).expanduser()
+    if n_workers is None and num_distrib()>1: n_workers = max(1, min(defaults.cpus, 16)//num_distrib()) # the processes share the cores
     folders = {d.name for pattern in ('*','*/*','*/*/*/*/*') for d in path.glob(pattern)} if path.is_dir() else set() # the last: ILSVRC/Data/CLS-LOC/train
     make = imagenet100_dls if len(folders & set(IMAGENET100))>=50 else folder_dls
     dls = make(path, img_size=img_size, batch_size=batch_size, n_workers=n_workers, seed=seed, valid_pct=valid_pct)
@@ -149,7 +151,7 @@ def row_learner(
 def _patch_size(kwargs): # of an architecture by name
     return timm.create_model(kwargs.get('arch', 'deit_small_patch16_224'), pretrained=False, depth=1).patch_embed.patch_size[0]
 
-# %% ../nbs/13_experiments.ipynb #fc08636a
+# %% ../nbs/13_experiments.ipynb #13ad073b
 def _write_json(path, what): # all of it or nothing
     aside = path.with_suffix('.aside')
     aside.write_text(json.dumps(what, indent=2, default=str)+'\n')
@@ -226,7 +228,7 @@ def run_table(
     n_workers:int=None, # loader processes; default one a core
     base_epochs:int=16, # of training the digits' unpruned ViT
     **kwargs # for `prune_learner`, such as ema, compile, drop_path_rate
-)->pd.DataFrame: # a line a run: its state ('done', 'failed' or 'elsewhere') and results
+)->pd.DataFrame: # a line a run: its state, as `sweep_state` says
     "Every row of a table that is not done, one after the other; several workers can share the folder"
     if num_distrib()>1: raise ValueError("A sweep is one process a GPU: start the same command once for each, with its own CUDA_VISIBLE_DEVICES, and the same folder.")
     runs,digits = table_runs(table),data=='digits'

@@ -32,7 +32,7 @@ class Measured(float):
         if self.parts: return pd.DataFrame({'part': list(self.parts), self.unit: list(self.parts.values()), 'share': [v/self if self else math.nan for v in self.parts.values()]})
         return pd.DataFrame([{self.unit: float(self), **self.about}])
 
-# %% ../nbs/07_measure.ipynb #c67ff3c0
+# %% ../nbs/07_measure.ipynb #6d30eaf1
 def _images(model, n, img_size=None): # n images of noise as the model takes them
     if not isinstance(n, Integral) or n<1: raise ValueError(f"batch_size={n!r}: it must be a whole number from 1.")
     embed,cfg = getattr(model, 'patch_embed', None),getattr(model, 'pretrained_cfg', {}) or {}
@@ -42,7 +42,8 @@ def _images(model, n, img_size=None): # n images of noise as the model takes the
     if tuple(size)!=tuple(own) and getattr(embed, 'strict_img_size', False) and not getattr(model, 'dynamic_img_size', False):
         raise ValueError(f"img_size={img_size!r}: this model takes {own[0]} x {own[1]} pixels. Call model.set_input_size({img_size!r}) first (and before prune_vit), or create it with img_size={img_size!r}.")
     p = next(model.parameters(), torch.empty(0))
-    return torch.randn(n, cfg.get('input_size', (3,))[0], *size, device=p.device, dtype=p.dtype)
+    own = torch.Generator().manual_seed(0) # measuring must not draw from the random numbers of a training
+    return torch.randn(n, cfg.get('input_size', (3,))[0], *size, generator=own).to(p.device, p.dtype)
 
 @contextmanager
 def _evaluating(model): # in eval mode, and each module as it was afterwards

@@ -110,7 +110,7 @@ def read_checkpoint(
         except Exception as e: warnings.warn(f"The checkpoint {path} is damaged ({str(e).splitlines()[0]}) and passed over.")
     if found: raise ValueError(f"All {len(found)} checkpoints in {folder} are damaged: start again in another folder, or remove them.")
 
-# %% ../nbs/10c_resume.ipynb #7f717143
+# %% ../nbs/10c_resume.ipynb #a20ea149
 class _Rest(list): # what is left of an epoch's order; random states are set when the first image is about to be read
     def __init__(self, idxs, then): super().__init__(idxs); self.then = then
     def __iter__(self): self.then(); return super().__iter__()
@@ -171,11 +171,11 @@ class Checkpoints(Callback):
 
     def after_epoch(self):
         self.seconds.append(time.perf_counter()-self.began)
-        if rank_distrib(): return
         values,score = self.recorder.values[-1],_score(self.recorder)
-        if self.best is None or not self.best['score']>=score: # the first of equals; not a number is beaten by anything
-            self.best = dict(epoch=self.learn.epoch, score=score)
-            if hasattr(self.learn, 'recipe'): save_vit(self.learn, self.folder/'best', epoch=self.learn.epoch, **dict(zip(self.recorder.metric_names[1:], values)))
+        better = self.best is None or not self.best['score']>=score # the first of equals; not a number is beaten by anything
+        if better: self.best = dict(epoch=self.learn.epoch, score=score)
+        if rank_distrib(): return
+        if better and hasattr(self.learn, 'recipe'): save_vit(self.learn, self.folder/'best', epoch=self.learn.epoch, **dict(zip(self.recorder.metric_names[1:], values)))
         self.order_state = _inner(self.dls.train).rng.getstate()
         self._write(self.learn.epoch+1, 0)
         history(self).to_csv(self.folder/'history.csv', index=False)
@@ -207,7 +207,7 @@ def _noting(callback): # signals become a note to the callback
     finally:
         for s,f in former.items(): signal.signal(s, f)
 
-# %% ../nbs/10c_resume.ipynb #0c5ae65f
+# %% ../nbs/10c_resume.ipynb #c83f90c7
 def _fit_from(learn, start): # fastai's loop over the epochs, from one of them on (its own `start_epoch` adds an empty line for each that it skips)
     if start and getattr(getattr(learn, 'progress', None), 'mbar', None): learn.progress.mbar.update(0) # a bar of fastprogress has to begin at 0
     for epoch in range(start, learn.n_epoch):
@@ -224,7 +224,7 @@ def fit_saved(
     resume:bool=False, # go on where the run in `folder` was; from the start if there is none
     keep:int=2, # checkpoints to keep
     cbs=(), # further callbacks for this fit
-    **settings # anything else that must be the same when it is resumed, such as the seed
+    **settings # anything else that must be the same when it is resumed, such as the seed; recorded, not set
 )->dict: # best_accuracy (or what the first metric is), best_epoch and the last epoch's values
     "Fit with a checkpoint every epoch; after Ctrl-C, SIGTERM, an error or a crash it goes on where it was"
     if epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
