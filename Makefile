@@ -23,7 +23,7 @@ SHARED = @test -d ../shared || echo 'SKIPPED: there is no ../shared beside the p
 test: install ## every notebook and tests/, without slow and GPU cells
 	$(SHARED)
 	$(BIN)/nbdev_test --n_workers 0 --do_print --timing
-	$(BIN)/python -m pytest -q -rs tests
+	$(BIN)/python -m pytest -q -rs -m 'not slow' tests
 
 test-slow: install ## the same with the slow cells
 	$(SHARED)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/15_main.ipynb #c46ae1db
+# %% ../nbs/15_main.ipynb #cd9054bb
 import sys
-from attn_diversity import commands
+from attn_diversity.commands import bench, demo, prepare_command, report_command, sweep, train
 
-# %% ../nbs/15_main.ipynb #f92bb8e2
-_COMMANDS = dict(train=commands.train, prepare=commands.prepare_command, sweep=commands.sweep, report=commands.report_command, bench=commands.bench, demo=commands.demo)
+# %% ../nbs/15_main.ipynb #32e43789
+_COMMANDS = dict(train=train, prepare=prepare_command, sweep=sweep, report=report_command, bench=bench, demo=demo)
 
 def _chosen(): # the command of the first word
     name = sys.argv.pop(1) if len(sys.argv)>1 else ''

@@ -105,6 +105,7 @@ def test_sigterm_saves_before_it_leaves(whole, tmp_path):
     pd.testing.assert_frame_equal(history(out), history(whole))
     assert same_weights(out, whole)
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_twenty_kills_lose_nothing_but_the_epoch_under_way(tmp_path):
     "Children of one process that has only imported, so that a restart takes a tenth of a second"
