@@ -151,7 +151,7 @@ def row_learner(
 def _patch_size(kwargs): # of an architecture by name
     return timm.create_model(kwargs.get('arch', 'deit_small_patch16_224'), pretrained=False, depth=1).patch_embed.patch_size[0]
 
-# %% ../nbs/13_experiments.ipynb #db0f79fa
+# %% ../nbs/13_experiments.ipynb #d05f08c2
 def _write_json(path, what): # all of it or nothing
     aside = path.with_suffix('.aside')
     aside.write_text(json.dumps(what, indent=2, default=str)+'\n')
@@ -175,7 +175,7 @@ def _speed(learn, batch_size): # images/s of the run's model and of the same ViT
 def _fit(learn, epochs, folder, seed): # with the columns of the tables; result of `fit_saved`, model saved
     set_seed(seed)
     learn.dls.train.rng.seed(seed) # every run sees the images in the same order
-    result = fit_saved(learn, epochs, folder, resume=True, cbs=[FlopsCallback(), ThroughputCallback()], seed=seed)
+    result = fit_saved(learn, epochs, folder, resume=any(Path(folder).glob('checkpoints/*.pt')), cbs=[FlopsCallback(), ThroughputCallback()], seed=seed)
     save_vit(learn, folder, **result)
     return dict(result, seconds=float(pd.read_csv(folder/'history.csv').seconds.sum()))
 

@@ -110,7 +110,7 @@ def read_checkpoint(
         except Exception as e: warnings.warn(f"The checkpoint {path} is damaged ({str(e).splitlines()[0]}) and passed over.")
     if found: raise ValueError(f"All {len(found)} checkpoints in {folder} are damaged: start again in another folder, or remove them.")
 
-# %% ../nbs/10c_resume.ipynb #a20ea149
+# %% ../nbs/10c_resume.ipynb #64165620
 class _Rest(list): # what is left of an epoch's order; random states are set when the first image is about to be read
     def __init__(self, idxs, then): super().__init__(idxs); self.then = then
     def __iter__(self): self.then(); return super().__iter__()
@@ -158,8 +158,10 @@ class Checkpoints(Callback):
             if dl.fake_l.num_workers: put(); return idxs
             return _Rest(idxs, put)
         dl.get_idxs,self.patched = rest,dl
+    def whole_again(self): # the loader, which was to give the rest of an epoch
+        if 'patched' in vars(self): del self.patched.get_idxs; del self.patched
     def after_train(self):
-        if hasattr(self, 'patched'): del self.patched.get_idxs; del self.patched
+        self.whole_again()
         self.trained = _random_states() # a stop in the validation goes back to its beginning
     def after_batch(self):
         if self.training: self.done += 1; self._other_random()
@@ -207,7 +209,7 @@ def _noting(callback): # signals become a note to the callback
     finally:
         for s,f in former.items(): signal.signal(s, f)
 
-# %% ../nbs/10c_resume.ipynb #c83f90c7
+# %% ../nbs/10c_resume.ipynb #f49103a0
 def _fit_from(learn, start): # fastai's loop over the epochs, from one of them on (its own `start_epoch` adds an empty line for each that it skips)
     if start and getattr(getattr(learn, 'progress', None), 'mbar', None): learn.progress.mbar.update(0) # a bar of fastprogress has to begin at 0
     for epoch in range(start, learn.n_epoch):
@@ -245,10 +247,10 @@ def fit_saved(
     except Exception as e:
         safe = [f"batch {b} of epoch {n}" if b else f"the end of epoch {n-1}" for n,b,*_ in _checkpoints(folder/'checkpoints')]
         raise RuntimeError(f"Training stopped in epoch {learn.epoch}: {type(e).__name__}: {' '.join(str(e).split())}. " + (f"Safe in {folder/'checkpoints'}: {' and '.join(safe)}. When the cause is mended, resume=True (--resume) goes on from there." if safe else f"No epoch was finished, so nothing is saved yet in {folder}.")) from e
-    finally: del learn._do_fit
+    finally: del learn._do_fit; saver.whole_again()
     saver.learn = learn
     table = history(saver)
-    table.to_csv(folder/'history.csv', index=False) if not rank_distrib() else None
+    if not rank_distrib(): table.to_csv(folder/'history.csv', index=False)
     if saver.asked is not None: _leave(saver.asked) # it came when nothing was left to train
     name = list(learn.recorder.metric_names)[3] if len(learn.metrics) else 'valid_loss'
     return dict({f'best_{name}': float(table[name][saver.best['epoch']]), 'best_epoch': saver.best['epoch']}, **table.iloc[-1].to_dict())
