@@ -84,7 +84,7 @@ def table_runs(
     names = ['unpruned' if r.method=='none' else r.method if r.method=='tome' else f"{r.method}-{r.keep_rate:g}{'-fused' if r.fuse else ''}{'-overlap' if r.stride==12 else ''}" for r in rows.itertuples()]
     return rows.assign(run=names)
 
-# %% ../nbs/13_experiments.ipynb #3fbf99e1
+# %% ../nbs/13_experiments.ipynb #1ed9a9bf
 _DIGITS = dict(arch='vit_tiny_patch16_224', patch_size=4, embed_dim=96, depth=12, num_heads=6)
 
 def demo_vit(
@@ -145,7 +145,7 @@ def row_learner(
         plain = prune_learner(dls, method='none', **{**kwargs, 'pretrained': False, 'checkpoint': None}).model
         r = 13 if (len(plain.blocks), plain.patch_embed.num_patches)==(12,196) else match_flops(plain, float(count_flops(apply_method(_twin(plain), 'variance', .6))), 'tome')['r']
         kw = dict(r=r)
-    if row.stride==12: kw['stride'] = kwargs.get('patch_size', _patch_size(kwargs))*3//4
+    if row.stride==12: kw['stride'] = (kwargs.get('patch_size') or _patch_size(kwargs))*3//4
     return prune_learner(dls, method=method, **kw, **kwargs)
 
 def _patch_size(kwargs): # of an architecture by name
