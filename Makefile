@@ -41,4 +41,4 @@ docs: install ## the site in _docs, by Quarto where there is one, else by smalld
 	$(BIN)/python .ci/docs.py
 
 clean: ## remove what commands and builds wrote
-	rm -rf _proc _docs build dist attn_diversity_bench attn_diversity_demo attn_diversity_train
+	rm -rf _proc _docs build dist attn_diversity_bench attn_diversity_demo attn_diversity_train attn_diversity_sweep

@@ -72,6 +72,7 @@ class MixCallback(Callback):
         n = getattr(_plain(self.model), 'num_classes', 0) or get_c(self.dls)
         if not n: raise ValueError("Neither the model (num_classes) nor the data (dls.c) says how many classes there are: set dls.c to their number.")
         self._own_loss()
+        self.labels = None
         self.mixer = _Mixup(self.mixup, self.cutmix, prob=self.prob, switch_prob=self.switch, label_smoothing=self.smoothing, num_classes=n)
         self.learn.loss_func = _soft_loss(self.learn.loss_func, n, self.smoothing, next(self.model.parameters()).device)
     def before_batch(self):
@@ -85,7 +86,7 @@ class MixCallback(Callback):
         self.log.append(drawn)
         self.labels = self.yb
         self.learn.xb,self.learn.yb = (x,*self.xb[1:]),(soft,*self.yb[1:])
-    def after_batch(self): self.learn.yb = self.labels
+    def after_batch(self): self.learn.yb,self.labels = self.yb if self.labels is None else self.labels,None # another callback may have left the batch out
     def after_train(self): self._own_loss()
     def after_fit(self): self._own_loss()
 

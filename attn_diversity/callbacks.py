@@ -11,7 +11,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib
 from .measure import _plain, count_flops
-from .pruning import PrunedBlock, _pruned, set_keep_rate
+from .pruning import _pruned, set_keep_rate
 
 # %% ../nbs/09_callbacks.ipynb #b38c67e1
 class ColumnCallback(Callback):
@@ -37,7 +37,7 @@ class FlopsCallback(ColumnCallback):
         if getattr(embed, 'strict_img_size', False) and not hasattr(self, 'gather_preds'): self._count(embed.img_size)
     def _count(self, size):
         self.size = size
-        key = tuple(b.keep_rate for b in _plain(self.model).modules() if isinstance(b, PrunedBlock))
+        key = tuple(vars(b)[k] for b in _plain(self.model).modules() for k in ('keep_rate','share','r') if k in vars(b)) # what can change on the way, of any method
         if key not in self.found: self.found[key] = float(count_flops(self.model, size))
         return self.found[key]
     def before_batch(self):
@@ -110,7 +110,7 @@ class KeepRateSchedule(Callback):
     def before_train(self):
         if self.fresh and not self.loaded: self.rates = []
         self.fresh = self.loaded = False
-    def state_dict(self): return dict(rates=list(self.rates)) # for a checkpoint; all else follows from the model and the place in the training
+    def state_dict(self): return dict(rates=list(self.rates)) # for a checkpoint (`10c_resume`); all else follows from the model and the place in the training
     def load_state_dict(self, state): self.rates,self.loaded = list(state['rates']),True # before or in the `before_fit` of the fit that goes on
     def before_batch(self):
         if not self.training: return

@@ -61,7 +61,9 @@ def train(
     scratch:bool=False, # start from random weights
     img_size:int=224, # side of the images, in pixels
     indicator:str='variance', # mean, variance or medad
+    method:str=None, # instead of an indicator: evit, tome, dynamicvit or random
     keep_rate:float=0.7, # share of the tokens each stage keeps, in (0, 1]; 1 prunes nothing
+    r:int=13, # tome: tokens that each block merges away
     no_fuse:bool=False, # drop pruned patches instead of fusing them
     temperature:float=None, # tau of eq. 8; default the indicator's own
     stride:int=None, # step of overlapping patches, in pixels; default the patch size: none overlap
@@ -99,16 +101,15 @@ def train(
         dls = find_dls(path, img_size, batch_size, seed, valid_pct, n_workers)
         if first: print(f"{len(dls.train_ds)} photographs to train on, {len(dls.valid_ds)} to validate, {len(dls.vocab)} classes: {', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}")
         set_seed(seed)
-        learn = prune_learner(dls, arch, indicator, keep_rate, fuse=not no_fuse, temperature=temperature, stride=stride, pretrained=not scratch, checkpoint=checkpoint, recipe=recipe, lr=lr, wd=wd, ema=ema,
+        learn = prune_learner(dls, arch, indicator, keep_rate, method=method, r=r, fuse=not no_fuse, temperature=temperature, stride=stride, pretrained=not scratch, checkpoint=checkpoint, recipe=recipe, lr=lr, wd=wd, ema=ema,
                               teacher=None if teacher is None else load_vit(teacher), amp=None if amp=='none' else amp, compile=compile, path=out, **(dict(drop_path_rate=drop_path) if drop_path else {}))
         if first: # only now: a mistake leaves nothing behind
             out.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 for f in [*(f for *_,f in _checkpoints(out/'checkpoints')), *(out/n for n in _RESULTS), *(out/'best'/n for n in _RESULTS[:2])]: f.unlink(missing_ok=True)
-            print(f"{arch}: {' -> '.join(map(str, stage_tokens(_plain(learn.model))))} tokens, by {indicator}")
+            print(f"{arch}: {' -> '.join(map(str, stage_tokens(_plain(learn.model))))} tokens, by {method or indicator}")
         if num_distrib()>1: torch.distributed.barrier() # nobody looks into the folder before it is in order
         set_seed(seed) # the same random numbers, however many the weights needed
-        start = time.perf_counter()
         result = fit_saved(learn, epochs, out, resume=resume, cbs=[FlopsCallback(), ThroughputCallback()], seed=seed)
     if not first: return
     history = pd.read_csv(out/'history.csv')
@@ -152,11 +153,12 @@ def sweep(
     lr:float=None, # learning rate that the cosine starts from; default the recipe's, for the digits 3e-4
     seed:int=42, # of the split, the weights and the order of images
     n_workers:int=None, # loader processes; default one a core
-    base_epochs:int=16 # of training the digits' unpruned ViT
+    base_epochs:int=16, # of training the digits' unpruned ViT
+    ema:float=None # decay of averaged weights, such as 0.9998; default none
 ):
     "Train every row of a table of the paper that is not done, and write the report"
     with _plain_errors('attn_diversity_sweep'):
-        state = run_table(table, data, out, epochs, recipe, arch, checkpoint, img_size, batch_size, lr, seed, n_workers, base_epochs, **(dict(pretrained=False) if scratch else {}))
+        state = run_table(table, data, out, epochs, recipe, arch, checkpoint, img_size, batch_size, lr, seed, n_workers, base_epochs, **(dict(pretrained=False) if scratch else {}), **({} if ema is None else dict(ema=ema)))
         report(table, out)
     print(state.to_string(index=False))
     print(f"{(state.state=='done').sum()} of {len(state)} runs are done. Written: {', '.join(str(Path(out)/f'table-{table}.{s}') for s in ('html','csv','png'))}")

@@ -14,7 +14,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.learner import Learner
 from fastcore.basics import chunked
-from fastai.torch_core import apply, maybe_gather, num_distrib, rank_distrib, to_detach
+from fastai.torch_core import apply, maybe_gather, num_distrib, rank_distrib, set_seed, to_detach
 from torch.nn.parallel import DistributedDataParallel
 
 # %% ../nbs/10b_distributed.ipynb #92b361a0
@@ -63,7 +63,7 @@ class _Processes(DistributedTrainer):
     def __init__(self): super().__init__(sync_bn=False, cpu=not torch.cuda.is_available()) # a ViT has no batch norm
     def before_fit(self):
         super().before_fit()
-        if rank_distrib(): torch.manual_seed(torch.initial_seed()+rank_distrib())
+        if rank_distrib(): set_seed(torch.initial_seed()%2**32+rank_distrib()) # torch's, numpy's and Python's: crops, mixing and erasing draw from different ones
     def _wrap_dl(self, dl): return dl if isinstance(dl, ShardDL) else ShardDL(dl, device=self.learn.model.device)
     def after_loss(self):
         if self.training or not len(self.yb): return

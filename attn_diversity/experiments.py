@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED', 'table_runs', 'demo_vit', 'find_dls', 'check_outside', '
 import io, json, os, platform, time, traceback
 from pathlib import Path
 import fastai, matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
+from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.data.all import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, set_seed
@@ -107,7 +108,7 @@ def find_dls(
     seed:int=42, # of the split, where there is no val/
     valid_pct:float=.2, # share of each class to hold out there
     n_workers:int=None # loader processes; default one a core
-)->DataLoaders: # of the classes of ImageNet-100, where at least half of them are there
+)->DataLoaders: # where 50 or more of ImageNet-100's class folders are there, of these 100 classes only; else of all
     "The DataLoaders that suit the data"
     if str(data)=='digits':
         dls = digits_dls(img_size, batch_size, valid_pct, seed)
@@ -143,6 +144,7 @@ def row_learner(
     if method=='none': kw = dict(keep_rate=1.)
     if method=='tome':
         plain = prune_learner(dls, method='none', **{**kwargs, 'pretrained': False, 'checkpoint': None}).model
+        # the cost is counted on a twin, so that `plain` stays as it is
         r = 13 if (len(plain.blocks), plain.patch_embed.num_patches)==(12,196) else match_flops(plain, float(count_flops(apply_method(_twin(plain), 'variance', .6))), 'tome')['r']
         kw = dict(r=r)
     if row.stride==12: kw['stride'] = (kwargs.get('patch_size') or _patch_size(kwargs))*3//4
@@ -172,10 +174,10 @@ def _speed(learn, batch_size): # images/s of the run's model and of the same ViT
     speed = throughput(models, batch_size, seconds=1.)
     return {k: v for n,m in models.items() for k,v in ((f'{n}images_per_s', float(speed[n])), (f'{n}gflops', float(count_flops(m))))}
 
-def _fit(learn, epochs, folder, seed): # with the columns of the tables; result of `fit_saved`, model saved
+def _fit(learn, epochs, folder, seed, *cbs): # with the columns of the tables; result of `fit_saved`, model saved
     set_seed(seed)
     learn.dls.train.rng.seed(seed) # every run sees the images in the same order
-    result = fit_saved(learn, epochs, folder, resume=any(Path(folder).glob('checkpoints/*.pt')), cbs=[FlopsCallback(), ThroughputCallback()], seed=seed)
+    result = fit_saved(learn, epochs, folder, resume=any(Path(folder).glob('checkpoints/*.pt')), cbs=[FlopsCallback(), ThroughputCallback(), *cbs], seed=seed)
     save_vit(learn, folder, **result)
     return dict(result, seconds=float(pd.read_csv(folder/'history.csv').seconds.sum()))
 
@@ -184,9 +186,11 @@ def _base(out, dls, epochs, seed): # the digits' trained ViT, which all rows sta
     folder.mkdir(exist_ok=True)
     with FileLock(folder/'lock'): # other workers wait for it
         if not (folder/'result.json').exists():
-            print(f"base: an unpruned ViT on the digits, {epochs} epochs")
+            print(f"base: an unpruned ViT on the digits, {epochs} epoch{'s' if epochs>1 else ''}")
             set_seed(seed)
-            _write_json(folder/'result.json', _fit(demo_vit(dls=dls), epochs, folder, seed))
+            learn = demo_vit(dls=dls)
+            rising = ParamScheduler({'lr': combined_cos(.2, learn.lr/25, learn.lr, 0.)}) # from random weights a full learning rate at once ends anywhere between 92 and 98%
+            _write_json(folder/'result.json', _fit(learn, epochs, folder, seed, rising))
             for f in (folder/'checkpoints').glob('*.pt'): f.unlink()
     return folder/'model.safetensors'
 

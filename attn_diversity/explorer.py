@@ -18,7 +18,7 @@ from .pruning import _stages, indicator_name, pruning_config
 from .session import EXAMPLES, Session, open_photo, _bytes, _enlarged, _frame, _kept_picture, _score_picture
 
 # %% ../nbs/12_explorer.ipynb #09fdb90c
-_all_ = ['EXAMPLES', 'open_photo'] # where they were before they got a room of their own
+_all_ = ['EXAMPLES', 'open_photo'] # nbdev: importable from here, too, where they were before `attn_diversity.session`
 
 # %% ../nbs/12_explorer.ipynb #f78961f4
 _CSS = """<style>
@@ -118,7 +118,7 @@ class PruneExplorer(W.VBox):
         super().__init__([W.HTML(_CSS.replace('COLS', str(s.grid[1])), layout=W.Layout(height='0', margin='0')), row(self.photo, self.upload, self.path), self.message,
                           W.HBox([left, W.VBox([pictures, self.why])], layout=W.Layout(align_items='flex-start')), row(self.figure_button, self.code, self.link)])
         self.add_class('ad-explorer')
-        self.photo.observe(lambda c: self.load(c.new), 'value')
+        self.photo.observe(lambda c: c.new and self.load(c.new), 'value')
         self.path.observe(lambda c: c.new.strip() and self.load(c.new.strip()), 'value')
         self.upload.observe(lambda c: c.new and self.load(bytes(c.new[0]['content'])), 'value')
         self.indicator.observe(lambda c: self._offer_temperatures(None), 'value')
@@ -155,6 +155,7 @@ class PruneExplorer(W.VBox):
         "Show another photograph; what cannot be read is said in the panel"
         try: self.session.load(open_photo(photo))
         except ValueError as e: return self._tell(str(e))
+        if not (isinstance(photo, str) and photo in EXAMPLES): self.photo.value = None # so that every example can be chosen again
         self._update(keep_message=keep_message)
 
     def _update(self, _=None, keep_message=False): # after a change of photograph or model

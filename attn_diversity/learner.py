@@ -37,7 +37,7 @@ from .teachers import Distill, EmaCallback
 def decay_groups(
     model:nn.Module # a timm model
 )->list: # [parameters without weight decay, parameters with it]
-    "Two parameter groups: biases, norms, LayerScale, class token and embeddings are not decayed"
+    "Two parameter groups: biases, norms, LayerScale, class token, registers and position embedding are not decayed"
     model = _plain(model)
     return [g['params'] for g in param_groups_weight_decay(model, weight_decay=1., no_weight_decay_list=model.no_weight_decay())]
 
@@ -48,6 +48,8 @@ class CosineSchedule(ParamScheduler):
     def before_fit(self):
         self.scheds = {'lr': SchedCos(self.opt.hypers[-1]['lr'], 0.)} if self.opt else {} # fastai calls this before a validation, too
         super().before_fit()
+    def after_fit(self):
+        if self.hps.get('lr'): super().after_fit() # a validation leaves the record of the last fit
     def state_dict(self): return dict(hps=self.hps) # what was; where it stands follows from the part of the training that is over
     def load_state_dict(self, d): self.hps = {k: list(v) for k,v in d['hps'].items()}
 
@@ -85,7 +87,7 @@ def _recipe(recipe, **own): # its settings, with those of the user's own that ar
 def _amp(amp, device): # None, 'bfloat16' or 'float16'
     if amp not in ('auto','bfloat16','float16',None): raise ValueError(f"amp={amp!r}: 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float16', or None for float32.")
     cuda = torch.device(device).type=='cuda'
-    if amp=='auto': return 'bfloat16' if cuda and torch.cuda.is_bf16_supported() else None
+    if amp=='auto': return 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else None
     if amp and not cuda: raise ValueError(f"amp={amp!r}: training in half precision needs a GPU, and this data goes to {device}.")
     return amp
 
@@ -169,7 +171,7 @@ def prune_learner(
     path=None, # where fastai keeps files; default that of `dls`
     **kwargs # for `timm.create_model`, such as drop_path_rate=0.1
 )->Learner: # `.recipe` says how its model was made
-    "A fastai `Learner` with a timm ViT, pruned or made cheaper by another method, AdamW without decay of biases, norms and embeddings, and a cosine learning rate"
+    "A fastai `Learner` with a timm ViT, pruned or made cheaper by another method, AdamW without decay of biases, norms and position embedding, and a cosine learning rate"
     n_classes,size,method = get_c(dls),_side(dls),indicator if method is None else method
     how = _recipe(recipe, lr=lr, wd=wd, mix=mix, erase=erase, clip=clip)
     how.update(recipe=recipe, ema=ema, amp=_amp(amp, dls.device), compile=compile, teacher=teacher is not None)
@@ -184,6 +186,7 @@ def prune_learner(
         if stride is not None: overlap_patches(model, stride) # weights of timm's hub are there already, those of a file are resampled to this grid
         apply_method(model, method, keep_rate, r, blocks=blocks, fuse=None if fuse is True else fuse, temperature=temperature)
         if problem := _misfit(model, size): raise ValueError(problem)
+        if teacher is not None and not hasattr(teacher, 'patch_embed'): raise TypeError(f"teacher: it is a {type(teacher).__name__}, and must be a timm VisionTransformer (vit_*, deit_*).")
         if teacher is not None and (problem := _misfit(teacher, size)): raise ValueError(f'teacher: {problem}')
         if teacher is not None and teacher.num_classes!=n_classes: raise ValueError(f"teacher: it knows {teacher.num_classes} classes, and the data has {n_classes}.")
         if model.num_classes!=n_classes: model.reset_classifier(n_classes) # of a model that was made elsewhere
@@ -191,6 +194,8 @@ def prune_learner(
     cfg = model.pretrained_cfg if hasattr(model, 'pretrained_cfg') else {}
     mean,std = (list(cfg.get(k, v)) for k,v in (('mean', timm.data.IMAGENET_DEFAULT_MEAN), ('std', timm.data.IMAGENET_DEFAULT_STD)))
     _normalise(dls, mean, std)
+    seen = getattr(teacher, 'recipe', None) or getattr(teacher, 'pretrained_cfg', None) or {}
+    if any(list(seen.get(k, v))!=v for k,v in (('mean', mean), ('std', std))): warnings.warn("The teacher was made for images normalised otherwise than the model's, and will see the model's.")
     if recipe=='paper' and dls.train.bs!=how['batch_size'] and lr is None: warnings.warn(f"The paper's learning rate, {how['lr']:g}, belongs to batches of {how['batch_size']} images, and these are of {dls.train.bs}: pass lr=, or make the data with batch_size={how['batch_size']}.")
     own = [KeepRateSchedule()] if method=='evit' else [DynamicLoss(teacher)] if method=='dynamicvit' else [] # what belongs to the method
     if teacher is not None and method!='dynamicvit': own.append(Distill(teacher))

@@ -72,9 +72,10 @@ def match_flops(
         mid = (low+high)//2
         low,high = (mid,high) if cost(mid)<=gflops else (low,mid)
     best = min((low,high), key=lambda i: abs(cost(i)-gflops))
-    plain = round(values[best], 2) # the rounder number, if it keeps as many tokens
-    if name=='keep_rate' and plain>0 and float(count_flops(change(twin, plain), img_size))==cost(best): return {name: plain}
-    return {name: values[best]}
+    found,aim = values[best],cost(best)
+    if name=='r': return {name: found}
+    rounder = (round(found, 1), round(found-.005, 2), round(found+.005, 2)) # 0.7 rather than 0.695, if it keeps as many tokens
+    return {name: next((k for k in rounder if 0<k<=1 and float(count_flops(change(twin, k), img_size))==aim), found)}
 
 # %% ../nbs/07c_methods.ipynb #9f4830a1
 @torch.inference_mode()

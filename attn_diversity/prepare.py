@@ -19,7 +19,8 @@ from torch.utils.data import Subset
 from .data import _list, folder_dls
 
 # %% ../nbs/08b_prepare.ipynb #ca7ee6e1
-def _rgb(im, mode): # an image of any mode as 8-bit RGB
+def _rgb(im): # an image of any mode as 8-bit RGB
+    mode = im.mode
     if 'transparency' in im.info or mode in ('RGBA','LA','PA','RGBa','La'):
         im = im.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
@@ -41,7 +42,7 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
     try:
         with warnings.catch_warnings(), Image.open(src) as im:
             warnings.simplefilter('ignore') # of Pillow's, about oddities in EXIF
-            deep = im.format=='PNG' and ';16' in str(im.tile)
+            deep = im.format=='PNG' and ';16' in str(im.tile) # Pillow opens a 16-bit colour PNG as 8 bits; only its tile tells
             odd = f'{im.mode}{", 16 bits" if deep else ""}' if im.mode not in ('RGB','L') or deep or 'transparency' in im.info else ''
             turned = im.getexif().get(0x0112, 1)>1
             scale = min(1, short_side/min(im.size))
@@ -51,7 +52,7 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
             im.load()
             if copy: data = src.read_bytes()
             else:
-                small = _rgb(im, im.mode)
+                small = _rgb(im)
                 if small.size!=tuple(size): small = small.resize(size, Image.Resampling.BICUBIC)
                 if turned: small.info['exif'] = im.info.get('exif'); small = ImageOps.exif_transpose(small)
                 buffer = BytesIO()
@@ -153,8 +154,8 @@ def loader_speed(
         if i%each: continue
         if b[0].device.type=='cuda': torch.cuda.synchronize(b[0].device)
         if start is None: start = time.perf_counter()
-        elif time.perf_counter()-start>=seconds: break
-    return count/(time.perf_counter()-start)
+        elif (took := time.perf_counter()-start)>=seconds: break
+    return count/took # read before the workers are shut down, which takes its time
 
 def suggest_workers(
     dls, # `DataLoaders`, or an image folder for `folder_dls`
@@ -169,5 +170,8 @@ def suggest_workers(
     speed = {n: loader_speed(dls, n, seconds) for n in counts}
     best = max(speed.values())
     if target is not None and best<target: warnings.warn(f"The loader's best is {best:.0f} images/s, less than the {target:g} asked for. A copy by prepare(..., short_side={round(dls.one_batch()[0].shape[-1]*8/7)}) may help, or more cores.")
-    enough = best*(1-within) if target is None else min(target, best*(1-within))
-    return pd.DataFrame({'workers': list(speed), 'images/s': [round(v, 1) for v in speed.values()]}), next(n for n,v in speed.items() if v>=enough)
+    enough = min(best, best if target is None else target)*(1-within)
+    def fits(n, v):
+        if n==0: v = 1/(1/v+1/target) if target is not None else v if torch.device(dls.device).type=='cpu' else 0. # without workers loading and training take turns
+        return v>=enough
+    return pd.DataFrame({'workers': list(speed), 'images/s': [round(v, 1) for v in speed.values()]}), next((n for n,v in speed.items() if fits(n, v)), max(speed, key=speed.get))

@@ -279,4 +279,5 @@ def pruning_config(
     "How a model is pruned"
     stages = _pruned(model)
     b = next(iter(stages.values()))
+    if any((s.indicator, s.fuse, s.temperature)!=(b.indicator, b.fuse, b.temperature) for s in stages.values()): raise ValueError("The stages of this model are pruned in different ways, which cannot be written down: give all of them one indicator, fusion and temperature.")
     return dict(keep_rate=[s.keep_rate for s in stages.values()], indicator=indicator_name(b.indicator), blocks=list(stages), fuse=b.fuse, temperature=b.temperature)

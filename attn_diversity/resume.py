@@ -7,7 +7,7 @@ __all__ = ['training_state', 'set_training_state', 'write_checkpoint', 'read_che
            'plot_schedules']
 
 # %% ../nbs/10c_resume.ipynb #39e9679e
-import io, os, random, re, signal, threading, time, warnings, zlib
+import io, math, os, random, re, signal, threading, time, warnings, zlib
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ def _fsync(path): # a rename has happened for good when the folder is on the dis
 def write_checkpoint(
     state:dict, # with `epoch`, the epochs done, and `batch`, the batches done of the next one
     folder, # of checkpoints; made if needed
-    keep:int=2 # how many of them to keep; those of the same epoch count once
+    keep:int=2 # how many of them to keep, the newest
 )->Path: # the file
     "Write a checkpoint aside, rename it, then remove old ones"
     folder = Path(folder)
@@ -174,7 +174,7 @@ class Checkpoints(Callback):
     def after_epoch(self):
         self.seconds.append(time.perf_counter()-self.began)
         values,score = self.recorder.values[-1],_score(self.recorder)
-        better = self.best is None or not self.best['score']>=score # the first of equals; not a number is beaten by anything
+        better = self.best is None or score>self.best['score'] or (math.isnan(self.best['score']) and not math.isnan(score)) # the first of equals; not a number beats nothing
         if better: self.best = dict(epoch=self.learn.epoch, score=score)
         if rank_distrib(): return
         if better and hasattr(self.learn, 'recipe'): save_vit(self.learn, self.folder/'best', epoch=self.learn.epoch, **dict(zip(self.recorder.metric_names[1:], values)))
@@ -231,7 +231,7 @@ def fit_saved(
     "Fit with a checkpoint every epoch; after Ctrl-C, SIGTERM, an error or a crash it goes on where it was"
     if epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
     folder = Path(folder).expanduser()
-    settings = {k: _plainly(v) for k,v in dict(getattr(learn, 'settings', {}), epochs=epochs, lr=float(learn.lr if lr is None else lr), batch_size=learn.dls.train.bs, train_images=learn.dls.train.n, **settings,
+    settings = {k: _plainly(v) for k,v in dict({**getattr(learn, 'recipe', {}), **getattr(learn, 'settings', {})}, epochs=epochs, lr=float(learn.lr if lr is None else lr), batch_size=learn.dls.train.bs, train_images=learn.dls.train.n, **settings,
                                                **{f'model {k}': v for k,v in method_config(_plain(learn.model)).items()}).items()}
     state = read_checkpoint(folder/'checkpoints') if resume else None
     if not resume and _checkpoints(folder/'checkpoints'): raise FileExistsError(f"{folder} holds a run already: go on with it by resume=True (--resume), or choose another folder.")

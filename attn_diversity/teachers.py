@@ -19,7 +19,7 @@ class EmaCallback(Callback):
     "Averages the weights after each optimizer step (timm's `ModelEmaV3`), validates with the average, and leaves it in the model after the fit"
     order = 30
     def __init__(self,
-        decay:float=.9998, # of the average, in (0, 1): it remembers about 1/(1-decay) steps
+        decay:float=.9998, # greatest decay of the average, in (0, 1): it remembers about 1/(1-decay) steps; with warmup t^(2/3) at most
         warmup:bool=True # let the decay grow with the training, 1 - t^(-2/3) after step t, up to `decay`
     ):
         if not 0<decay<1: raise ValueError(f"decay={decay!r}: it lies between 0 and 1, such as 0.9998.")
