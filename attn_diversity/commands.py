@@ -16,6 +16,7 @@ from .bench import benchmark, plot_speed
 from .callbacks import FlopsCallback, ThroughputCallback
 from .data import IMAGENET100, digits_dls
 from .distributed import join_processes
+from .dynamicvit import dynamic_tokens
 from .experiments import check_outside, demo_vit, find_dls, report, run_table
 from .indicators import get_indicator
 from .learner import RECIPES, load_vit, prune_learner, save_vit
@@ -23,6 +24,7 @@ from .measure import _plain
 from .prepare import prepare
 from .pruning import _keep_rates, stage_tokens
 from .resume import _checkpoints, fit_saved
+from .tome import block_tokens
 from .vis import show_stages
 
 # %% ../nbs/14_commands.ipynb #ecec5a07
@@ -51,6 +53,7 @@ def _free_folder(out, overwrite, files): # the folder; without `overwrite` it mu
     return out
 
 # %% ../nbs/14_commands.ipynb #fe8b0fa8
+_TOKENS = dict(evit=stage_tokens, random=stage_tokens, tome=block_tokens, dynamicvit=dynamic_tokens) # how many are left
 _RESULTS = ['model.safetensors','model.json','history.csv','kept_patches.png']
 
 @call_parse
@@ -87,6 +90,7 @@ def train(
     "Prune a timm ViT, fine-tune it on a folder of photographs, and save it"
     with _plain_errors('attn_diversity_train'):
         _keep_rates(keep_rate, 1); get_indicator(indicator)
+        if method not in (None, *_TOKENS): raise ValueError(f"method={method!r}: take one of {', '.join(_TOKENS)}. An indicator goes into indicator, and keep_rate=1 prunes nothing.")
         if recipe not in RECIPES: raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
         epochs,batch_size = (RECIPES[recipe][k] if v is None else v for k,v in (('epochs',epochs),('batch_size',batch_size)))
         if epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
@@ -107,7 +111,7 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             if overwrite:
                 for f in [*(f for *_,f in _checkpoints(out/'checkpoints')), *(out/n for n in _RESULTS), *(out/'best'/n for n in _RESULTS[:2])]: f.unlink(missing_ok=True)
-            print(f"{arch}: {' -> '.join(map(str, stage_tokens(_plain(learn.model))))} tokens, by {method or indicator}")
+            print(f"{arch}: {' -> '.join(map(str, _TOKENS.get(method, stage_tokens)(_plain(learn.model))))} tokens, by {method or indicator}")
         if num_distrib()>1: torch.distributed.barrier() # nobody looks into the folder before it is in order
         set_seed(seed) # the same random numbers, however many the weights needed
         result = fit_saved(learn, epochs, out, resume=resume, cbs=[FlopsCallback(), ThroughputCallback()], seed=seed)

@@ -75,7 +75,7 @@ class _Shared: # what the blocks of one model tell each other
 
 def _seen(mask, x, n_prefix): # which patches the class token sees: 1 or 0, [B, n]
     B,N = x.shape[:2]
-    if mask is None: return x.new_ones(B, N-n_prefix, dtype=torch.float32)
+    if mask is None: return torch.ones(B, N-n_prefix, device=x.device)
     row = mask.reshape((1,)*(4-mask.dim()) + mask.shape)[:,:,0]
     row = row if row.dtype==torch.bool else row>torch.finfo(row.dtype).min
     return row.any(1).expand(B, N)[:,n_prefix:].float()
