@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 
-.PHONY: help install demo test test-slow export readme docs clean
+.PHONY: help install demo gauge test test-slow export readme docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -17,6 +17,9 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 
 demo: install ## train, prune and fine-tune a small ViT on handwritten digits
 	$(BIN)/attn_diversity_demo
+
+gauge: install ## what code must look like: ruff's rules, no private names of others, no import circles
+	$(BIN)/python .ci/gauge.py
 
 SHARED = @test -d ../shared || echo 'SKIPPED: there is no ../shared beside the project, so notebooks take untrained weights (or a hub) and leave out what needs its data.'
 

@@ -1,4 +1,5 @@
-"Make the site in _docs: the notebooks as nbdev processes them, mended, then Quarto where there is one and smalldocs where there is none. No notebook is run."
+"""Make the site in _docs: the notebooks as nbdev processes them, mended, then Quarto where there is one and smalldocs
+where there is none. No notebook is run."""
 import html, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import yaml
@@ -20,16 +21,23 @@ def texts(nb):
             if 'text/markdown' in d: yield ''.join(d['text/markdown']), lambda s, d=d: d.update({'text/markdown': s})
 
 def process():
-    "Processed notebooks in _proc. nbdev links every name in backticks: links that lead nowhere, and links inside code, become plain again"
+    """Processed notebooks in _proc. nbdev links every name in backticks: links that lead nowhere, and links inside
+    code, become plain again"""
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
-    refresh_quarto_yml(); proc_nbs(n_workers=0)
-    log = (root/'CHANGELOG.md').read_text(encoding='utf-8').partition('\n')[2] # its first line is the page's title already
-    (proc/'changelog.qmd').write_text((root/'nbs'/'changelog.qmd').read_text(encoding='utf-8').replace('{{< include ../CHANGELOG.md >}}', log), encoding='utf-8')
+    refresh_quarto_yml()
+    proc_nbs(n_workers=0)
+    # its first line is the page's title already
+    log = (root/'CHANGELOG.md').read_text(encoding='utf-8').partition('\n')[2]
+    page = (root/'nbs'/'changelog.qmd').read_text(encoding='utf-8')
+    page = page.replace('{{< include ../CHANGELOG.md >}}', log)
+    (proc/'changelog.qmd').write_text(page, encoding='utf-8')
     for f in list(proc.rglob('*')): # sources that have gone
-        if f.suffix in ('.ipynb','.qmd','.png') and '_docs' not in f.parts and not (root/'nbs'/f.relative_to(proc)).exists(): f.unlink()
+        ours = f.suffix in ('.ipynb','.qmd','.png') and '_docs' not in f.parts
+        if ours and not (root/'nbs'/f.relative_to(proc)).exists(): f.unlink()
     nbs = {f: json.loads(f.read_text(encoding='utf-8')) for f in proc.rglob('*.ipynb')}
-    there = {page_name(nb, f): {anchor(h) for t,_ in texts(nb) for h in re.findall(r'^#+ (.+)$', t, flags=re.M)} for f,nb in nbs.items()}
+    heads = lambda nb: (h for t,_ in texts(nb) for h in re.findall(r'^#+ (.+)$', t, flags=re.M))
+    there = {page_name(nb, f): {anchor(h) for h in heads(nb)} for f,nb in nbs.items()}
     def plain(m):
         page,_,name = m[2].removeprefix(site_url()).partition('#')
         return m[0] if name in there.get(page, {name}) else m[1]
@@ -49,36 +57,46 @@ def formula(m):
     "LaTeX to MathML, which browsers show without a script from elsewhere"
     from latex2mathml.converter import convert
     kind,tex = m[1],html.unescape(m[2])
-    return f'<span class="math {kind}" title="{html.escape(tex)}">{convert(tex, display="block" if kind=="display" else "inline")}</span>'
+    made = convert(tex, display='block' if kind=='display' else 'inline')
+    return f'<span class="math {kind}" title="{html.escape(tex)}">{made}</span>'
 
 def smalldocs():
-    "What smalldocs lacks beside Quarto: nbdev's file names, links to the site's own address that work from any address, formulas without a network"
+    """What smalldocs lacks beside Quarto: nbdev's file names, links to the site's own address that work from any
+    address, formulas without a network"""
     try: import smalldocs.site as sd
-    except ImportError: raise SystemExit('make docs wants Quarto (https://quarto.org) or smalldocs, which `make install` brings for Python 3.11 and later.')
+    except ImportError as e:
+        raise SystemExit('make docs wants Quarto (https://quarto.org) or smalldocs, which `make install` '
+                         'brings for Python 3.11 and later.') from e
     known = ('output-file is not read', 'format commonmark', 'format.html.grid') # only for Quarto
     for w in sd.build(proc, quiet=True).warnings:
         if not any(k in w for k in known): print('warning:', w, file=sys.stderr)
-    names = {f.relative_to(proc).with_suffix('.html').as_posix(): page_name(json.loads(f.read_text(encoding='utf-8')), f) for f in proc.rglob('*.ipynb')}
+    load = lambda f: json.loads(f.read_text(encoding='utf-8'))
+    names = {f.relative_to(proc).with_suffix('.html').as_posix(): page_name(load(f), f)
+             for f in proc.rglob('*.ipynb')}
     names = {a:b for a,b in names.items() if a!=b}
     old_names = re.compile(r'(?<=["/])('+'|'.join(re.escape(a) for a in names)+r')(?=["#])')
     for f in list((proc/'_docs').rglob('*')):
         if f.suffix not in ('.html','.json','.xml') or 'site_libs' in f.parts: continue
         t = f.read_text(encoding='utf-8')
         up = '../'*(len(f.relative_to(proc/'_docs').parts)-1)
-        t = re.sub(r'(<loc>[^<]*/)(\S+?)(</loc>)', lambda m: m[1]+names.get(m[2], m[2])+m[3], t) if f.suffix=='.xml' else old_names.sub(lambda m: names[m[1]], t)
+        renamed = lambda m: m[1]+names.get(m[2], m[2])+m[3]
+        if f.suffix=='.xml': t = re.sub(r'(<loc>[^<]*/)(\S+?)(</loc>)', renamed, t)
+        else: t = old_names.sub(lambda m: names[m[1]], t)
         if f.suffix=='.html':
             t = re.sub(f'(content="{re.escape(site_url())})[^"]*/(?=images/)', r'\1', t) # the social card's picture
             t = t.replace(f'href="{site_url()}', f'href="{up}')
             t = re.sub(r'<(link|script)[^>]*katex[^>]*>(</script>)?', '', t)
             t = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, t, flags=re.S)
         name = f.relative_to(proc/'_docs').as_posix()
-        f.unlink(); (proc/'_docs'/names.get(name, name)).write_text(t, encoding='utf-8')
+        f.unlink()
+        (proc/'_docs'/names.get(name, name)).write_text(t, encoding='utf-8')
 
 def build(quarto=None):
     "The site, made by Quarto (True), by smalldocs (False) or by what there is (None)"
     process()
     if (proc/'_docs').exists(): shutil.rmtree(proc/'_docs')
-    if quarto or (quarto is None and shutil.which('quarto')): subprocess.run(['quarto','render',proc,'--no-execute'], check=True)
+    if quarto or (quarto is None and shutil.which('quarto')):
+        subprocess.run(['quarto','render',proc,'--no-execute'], check=True)
     else: smalldocs()
     if docs.exists(): shutil.rmtree(docs)
     shutil.move(proc/'_docs', docs)
@@ -86,4 +104,5 @@ def build(quarto=None):
 if __name__=='__main__':
     os.chdir(root)
     build({'quarto': True, 'smalldocs': False}.get(sys.argv[1] if len(sys.argv)>1 else ''))
-    print(f"{len(list(docs.rglob('*.html')))} pages in _docs: open _docs/index.html, or for the search `python -m http.server -d _docs`")
+    print(f"{len(list(docs.rglob('*.html')))} pages in _docs: open _docs/index.html, "
+          "or for the search `python -m http.server -d _docs`")

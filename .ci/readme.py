@@ -16,8 +16,10 @@ def readme():
     nb.metadata['language_info'] = dict(name='python') # for the code fences
     front = yaml.safe_load(nb.cells.pop(0).source.strip().strip('-')) # nbdev makes it of the title and the line below
     for c in nb.cells: # directives that only Quarto acts on
-        if c.cell_type=='code': c.source = '' if 'echo: false' in c.source else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
-    text,found = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir='index_files', unique_key='index'))
+        if c.cell_type!='code': continue
+        c.source = '' if 'echo: false' in c.source else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+    resources = dict(output_files_dir='index_files', unique_key='index')
+    text,found = MarkdownExporter().from_notebook_node(nb, resources=resources)
     text = re.sub(r'```\w*\s*```\n', '', text) # the hidden code's
     captions = iter(['What is left of two photographs after each stage','The explorer in JupyterLab'])
     text = re.sub(r'!\[png\]', lambda m: f'![{next(captions)}]', text)
@@ -29,5 +31,6 @@ if __name__=='__main__':
     (root/'README.md').write_text(text, encoding='utf-8')
     for old in (root/'index_files').glob('*'): old.unlink()
     for name,data in pictures.items():
-        (root/name).parent.mkdir(exist_ok=True); (root/name).write_bytes(data)
+        (root/name).parent.mkdir(exist_ok=True)
+        (root/name).write_bytes(data)
     print(f"README.md and {len(pictures)} picture(s)", file=sys.stderr)

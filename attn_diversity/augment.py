@@ -11,8 +11,8 @@ from fastai.callback.core import Callback
 from fastai.data.all import get_c
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
-from .measure import _plain
 
 # %% ../nbs/09b_augment.ipynb #f443ae5d
 class _Mixup(Mixup): # timm's, which remembers what it drew
@@ -29,55 +29,78 @@ class _SoftLoss: # a loss for class labels, and for soft targets what takes thes
         inner = getattr(own, 'func', own) # within fastai's BaseLoss, which flattens targets
         self.own,self.soft = own,inner if isinstance(inner, nn.Module) else own
     def __call__(self, pred, target, *args, **kw):
-        return self.soft(pred.float(), target) if target.is_floating_point() else self.own(pred, target, *args, **kw)
+        if target.is_floating_point(): return self.soft(pred.float(), target)
+        return self.own(pred, target, *args, **kw)
     def __getattr__(self, name):
         if name in ('own','soft'): raise AttributeError(name) # while it is unpickled
         return getattr(self.own, name)
 
 def _soft_loss(own, n_classes, smoothing, device):
-    if smoothing and getattr(getattr(own, 'func', own), 'label_smoothing', 0): raise ValueError("Both the loss and MixCallback smooth the labels: pass MixCallback(smoothing=0), or a loss without label_smoothing.")
+    if smoothing and getattr(getattr(own, 'func', own), 'label_smoothing', 0):
+        raise ValueError("Both the loss and MixCallback smooth the labels: pass MixCallback(smoothing=0), "
+                         "or a loss without label_smoothing.")
     loss,name = _SoftLoss(own),getattr(own, '__name__', type(own).__name__)
     try:
-        value = loss(torch.zeros(2, n_classes, device=device), torch.full((2, n_classes), 1/n_classes, device=device))
-        if value.numel()!=1 or not value.isfinite().all(): raise ValueError(f"its value has the shape {list(value.shape)}")
+        value = loss(torch.zeros(2, n_classes, device=device),
+                     torch.full((2, n_classes), 1/n_classes, device=device))
+        if value.numel()!=1 or not value.isfinite().all():
+            raise ValueError(f"its value has the shape {list(value.shape)}")
     except Exception as e:
-        raise ValueError(f"The loss {name} does not take soft targets, which mixed images have ({str(e).splitlines()[0] if str(e) else type(e).__name__}). It must give one number for predictions [B, C] and targets [B, C] in training, and for labels [B] in validation: take CrossEntropyLossFlat() or torch's cross_entropy, or leave MixCallback out.") from e
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ValueError(f"The loss {name} does not take soft targets, which mixed images have ({why}). "
+                         "It must give one number for predictions [B, C] and targets [B, C] in training, "
+                         "and for labels [B] in validation: take CrossEntropyLossFlat() or torch's "
+                         "cross_entropy, or leave MixCallback out.") from e
     return loss
 
 class MixCallback(Callback):
-    "Mixup or CutMix (timm's), drawn anew for each batch in training, with smoothed soft targets; `.log` says what was done"
+    "Mixup or CutMix (timm's), drawn anew for each training batch, with smoothed soft targets; `.log` has what was done"
     order,run_valid = 25,False
     def __init__(self,
         mixup:float=.8, # alpha of Mixup: lambda is drawn from Beta(alpha, alpha); 0: no Mixup
         cutmix:float=1., # alpha of CutMix; 0: no CutMix
         switch:float=.5, # probability of CutMix where there are both
         prob:float=1., # probability that a batch is mixed at all
-        smoothing:float=.1 # of labels: this much is spread evenly over all classes, in each batch of training
+        smoothing:float=.1 # of labels: spread evenly over all classes, in each batch of training
     ):
-        if mixup<0 or cutmix<0 or not (mixup or cutmix): raise ValueError(f"mixup={mixup!r}, cutmix={cutmix!r}: numbers from 0, at least one of them above; to mix nothing leave the callback out.")
-        if not (0<=switch<=1 and 0<=prob<=1 and 0<=smoothing<1): raise ValueError(f"switch={switch!r}, prob={prob!r}, smoothing={smoothing!r}: switch and prob lie in [0, 1], smoothing in [0, 1).")
-        self.mixup,self.cutmix,self.switch,self.prob,self.smoothing = mixup,cutmix,switch,prob,smoothing
-        self.log,self.fresh,self.loaded = [],False,False # log: (kind, lambda) of each batch in training; kind 'mixup', 'cutmix' or 'none'
+        if mixup<0 or cutmix<0 or not (mixup or cutmix):
+            raise ValueError(f"mixup={mixup!r}, cutmix={cutmix!r}: numbers from 0, at least one of them "
+                             "above; to mix nothing leave the callback out.")
+        if not (0<=switch<=1 and 0<=prob<=1 and 0<=smoothing<1):
+            raise ValueError(f"switch={switch!r}, prob={prob!r}, smoothing={smoothing!r}: "
+                             "switch and prob lie in [0, 1], smoothing in [0, 1).")
+        self.mixup,self.cutmix,self.switch = mixup,cutmix,switch
+        self.prob,self.smoothing = prob,smoothing
+        self.log = [] # (kind, lambda) of each batch in training; kind 'mixup', 'cutmix' or 'none'
+        self.fresh,self.loaded = False,False
 
     def state_dict(self): return dict(log=[list(l) for l in self.log])
-    def load_state_dict(self, state): self.log,self.loaded = [tuple(l) for l in state['log']],True
+    def load_state_dict(self, state):
+        self.log,self.loaded = [tuple(l) for l in state['log']],True
     def _own_loss(self):
-        if isinstance(self.learn.loss_func, _SoftLoss): self.learn.loss_func = self.learn.loss_func.own
+        loss = self.learn.loss_func
+        if isinstance(loss, _SoftLoss): self.learn.loss_func = loss.own
     def before_fit(self):
         self._own_loss() # of a fit that broke off
         self.fresh = True # so far this may be a mere validation
     def before_train(self):
         if self.fresh and not self.loaded: self.log = []
         self.fresh = self.loaded = False
-        n = getattr(_plain(self.model), 'num_classes', 0) or get_c(self.dls)
-        if not n: raise ValueError("Neither the model (num_classes) nor the data (dls.c) says how many classes there are: set dls.c to their number.")
+        n = getattr(unwrap_model(self.model), 'num_classes', 0) or get_c(self.dls)
+        if not n:
+            raise ValueError("Neither the model (num_classes) nor the data (dls.c) says how many classes "
+                             "there are: set dls.c to their number.")
         self._own_loss()
         self.labels = None
-        self.mixer = _Mixup(self.mixup, self.cutmix, prob=self.prob, switch_prob=self.switch, label_smoothing=self.smoothing, num_classes=n)
-        self.learn.loss_func = _soft_loss(self.learn.loss_func, n, self.smoothing, next(self.model.parameters()).device)
+        self.mixer = _Mixup(self.mixup, self.cutmix, prob=self.prob, switch_prob=self.switch,
+                            label_smoothing=self.smoothing, num_classes=n)
+        device = next(self.model.parameters()).device
+        self.learn.loss_func = _soft_loss(self.learn.loss_func, n, self.smoothing, device)
     def before_batch(self):
         y = self.yb[0].as_subclass(Tensor)
-        if y.ndim!=1 or y.is_floating_point(): raise ValueError(f"Targets of the shape {list(y.shape)} and type {y.dtype}: MixCallback wants one class index an image, [B].")
+        if y.ndim!=1 or y.is_floating_point():
+            raise ValueError(f"Targets of the shape {list(y.shape)} and type {y.dtype}: "
+                             "MixCallback wants one class index an image, [B].")
         x,n,drawn = self.xb[0].clone(),len(y)//2*2,('none',1.)
         soft = mixup_target(y, self.mixer.num_classes, smoothing=self.smoothing)
         if n:
@@ -86,24 +109,30 @@ class MixCallback(Callback):
         self.log.append(drawn)
         self.labels = self.yb
         self.learn.xb,self.learn.yb = (x,*self.xb[1:]),(soft,*self.yb[1:])
-    def after_batch(self): self.learn.yb,self.labels = self.yb if self.labels is None else self.labels,None # another callback may have left the batch out
+    def after_batch(self):
+        if self.labels is None: return # another callback has left the batch out
+        self.learn.yb,self.labels = self.labels,None
     def after_train(self): self._own_loss()
     def after_fit(self): self._own_loss()
 
 # %% ../nbs/09b_augment.ipynb #3f6ae028
 class EraseCallback(Callback):
-    "Noise over a random rectangle of some images in training (timm's RandomErasing), on the device and before `MixCallback`"
+    "Noise over a rectangle of some images in training (timm's RandomErasing), on the device, before `MixCallback`"
     order,run_valid = 20,False
     def __init__(self,
         prob:float=.25, # share of the images
         area:tuple=(.02,1/3), # least and greatest part of the image that is erased
         mode:str='pixel' # 'pixel': noise; 'rand': one random colour; 'const': the mean colour
     ):
-        if not 0<=prob<=1: raise ValueError(f"prob={prob!r}: the share of images to erase from lies in [0, 1].")
-        if not 0<area[0]<=area[1]<1: raise ValueError(f"area={area!r}: two parts of the image, 0 < least <= greatest < 1.")
-        if mode not in ('pixel','rand','const'): raise ValueError(f"mode={mode!r}: 'pixel', 'rand' or 'const'.")
+        if not 0<=prob<=1:
+            raise ValueError(f"prob={prob!r}: the share of images to erase from lies in [0, 1].")
+        if not 0<area[0]<=area[1]<1:
+            raise ValueError(f"area={area!r}: two parts of the image, 0 < least <= greatest < 1.")
+        if mode not in ('pixel','rand','const'):
+            raise ValueError(f"mode={mode!r}: 'pixel', 'rand' or 'const'.")
         self.prob,self.area,self.mode = prob,area,mode
     def before_batch(self):
         x = self.xb[0].clone()
-        RandomErasing(self.prob, *self.area, mode=self.mode, device=x.device)(x.as_subclass(Tensor)) # in place
+        erase = RandomErasing(self.prob, *self.area, mode=self.mode, device=x.device)
+        erase(x.as_subclass(Tensor)) # in place
         self.learn.xb = (x,*self.xb[1:])

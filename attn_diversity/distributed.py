@@ -29,11 +29,14 @@ class ShardDL(DistributedDL):
         super().__init__(dl, rank, world_size, device)
         self._share()
     def _share(self):
-        if self.dl.bs%self.world_size: raise ValueError(f"Batches of {self.dl.bs} images cannot be shared equally by {self.world_size} processes: choose a batch size that {self.world_size} divides.")
+        if self.dl.bs%self.world_size:
+            raise ValueError(f"Batches of {self.dl.bs} images cannot be shared equally by {self.world_size} "
+                             f"processes: choose a batch size that {self.world_size} divides.")
         self.bs = self.dl.bs//self.world_size
     def __len__(self): return len(self.dl)
-    def _broadcast(self, t, rank): # gloo wants it on the CPU, nccl on the GPU
-        t = torch.tensor(list(t), dtype=torch.long, device='cuda' if torch.distributed.get_backend()=='nccl' else 'cpu')
+    def _broadcast(self, t, rank):
+        device = 'cuda' if torch.distributed.get_backend()=='nccl' else 'cpu' # gloo wants the CPU
+        t = torch.tensor(list(t), dtype=torch.long, device=device)
         torch.distributed.broadcast(t, rank)
         return t.tolist()
     def get_idxs(self):
@@ -51,24 +54,29 @@ class ShardDL(DistributedDL):
         items = (i for i in map(self.dl.do_item, samps) if i is not None)
         yield from map(self.dl.do_batch, chunked(items, self.bs, self.drop_last))
     def real(self, i): return min(self.dl.bs, self.n-i*self.dl.bs) # images in global batch i
-    def to_detach(self, b, cpu=True, gather=True): return apply(lambda x: to_detach(x, cpu, gather and x.ndim==0), b) # scalars are averaged, tensors are whole already
+    def to_detach(self, b, cpu=True, gather=True): # scalars are averaged, tensors are whole already
+        return apply(lambda x: to_detach(x, cpu, gather and x.ndim==0), b)
 
 # %% ../nbs/10b_distributed.ipynb #e2aaedcf
 def join_processes():
-    "Take this process's place among those that Accelerate or torchrun started, and its GPU; call it before anything is put on a device"
+    "Take this process's place among those that Accelerate or torchrun started, and its GPU; call it first of all"
     if num_distrib()>1: PartialState(cpu=not torch.cuda.is_available())
 
 class _Processes(DistributedTrainer):
     "Data-parallel training by fastai and Accelerate with one process's batches and metrics"
-    def __init__(self): super().__init__(sync_bn=False, cpu=not torch.cuda.is_available()) # a ViT has no batch norm
+    def __init__(self): # a ViT has no batch norm
+        super().__init__(sync_bn=False, cpu=not torch.cuda.is_available())
     def before_fit(self):
         super().before_fit()
-        if rank_distrib(): set_seed(torch.initial_seed()%2**32+rank_distrib()) # torch's, numpy's and Python's: crops, mixing and erasing draw from different ones
-    def _wrap_dl(self, dl): return dl if isinstance(dl, ShardDL) else ShardDL(dl, device=self.learn.model.device)
+        # torch's, numpy's and Python's: crops, mixing and erasing draw from different ones
+        if rank_distrib(): set_seed(torch.initial_seed()%2**32+rank_distrib())
+    def _wrap_dl(self, dl):
+        return dl if isinstance(dl, ShardDL) else ShardDL(dl, device=self.learn.model.device)
     def after_loss(self):
         if self.training or not len(self.yb): return
         n = self.learn.dl.real(self.learn.iter)
-        self.learn.pred,self.learn.yb = maybe_gather(self.learn.pred.contiguous())[:n],tuple(maybe_gather(y)[:n] for y in self.learn.yb)
+        self.learn.pred = maybe_gather(self.learn.pred.contiguous())[:n]
+        self.learn.yb = tuple(maybe_gather(y)[:n] for y in self.learn.yb)
         self.learn.loss_grad = self.learn.loss_func(self.learn.pred, *self.learn.yb)
         self.learn.loss = self.learn.loss_grad.clone()
 
@@ -77,7 +85,9 @@ def many_processes(
     learn:Learner # trains on the share of this process inside of the context
 ):
     "Data-parallel training where Accelerate or torchrun started several processes; otherwise nothing"
-    if num_distrib()<=1: yield learn; return
+    if num_distrib()<=1:
+        yield learn
+        return
     loaders,bar = list(learn.dls.loaders),rank_distrib() and hasattr(learn, 'progress')
     learn.add_cb(_Processes())
     if bar: learn.remove_cb(ProgressCallback) # one bar is enough

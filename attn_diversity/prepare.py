@@ -16,7 +16,7 @@ from fastcore.all import ProcessPoolExecutor, defaults
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
 from torch.utils.data import Subset
-from .data import _list, folder_dls
+from .data import folder_dls, name_some
 
 # %% ../nbs/08b_prepare.ipynb #ca7ee6e1
 def _rgb(im): # an image of any mode as 8-bit RGB
@@ -26,8 +26,10 @@ def _rgb(im): # an image of any mode as 8-bit RGB
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
     if mode.startswith('I') or mode=='F': # Pillow would cut values off at 255
         a = np.asarray(im, dtype=float)
-        top = 65535 if mode.startswith('I;16') or a.max()>255 else 1 if mode=='F' and a.max()<=1 else 255
-        if a.min()<0 or a.max()>65535: raise ValueError(f"pixels from {a.min():g} to {a.max():g} in mode {mode}; known are 0 to 65535")
+        if mode.startswith('I;16') or a.max()>255: top = 65535
+        else: top = 1 if mode=='F' and a.max()<=1 else 255
+        if a.min()<0 or a.max()>65535:
+            raise ValueError(f"pixels from {a.min():g} to {a.max():g} in mode {mode}; known are 0 to 65535")
         return Image.fromarray(np.rint(a*(255/top)).astype(np.uint8)).convert('RGB')
     return im.convert('RGB')
 
@@ -42,8 +44,10 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
     try:
         with warnings.catch_warnings(), Image.open(src) as im:
             warnings.simplefilter('ignore') # of Pillow's, about oddities in EXIF
-            deep = im.format=='PNG' and ';16' in str(im.tile) # Pillow opens a 16-bit colour PNG as 8 bits; only its tile tells
-            odd = f'{im.mode}{", 16 bits" if deep else ""}' if im.mode not in ('RGB','L') or deep or 'transparency' in im.info else ''
+            # Pillow opens a 16-bit colour PNG as 8 bits; only its tile tells
+            deep = im.format=='PNG' and ';16' in str(im.tile)
+            odd = im.mode not in ('RGB','L') or deep or 'transparency' in im.info
+            remark = f'{im.mode}{", 16 bits" if deep else ""}' if odd else ''
             turned = im.getexif().get(0x0112, 1)>1
             scale = min(1, short_side/min(im.size))
             size = [max(1, round(d*scale)) for d in im.size]
@@ -53,12 +57,17 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
             if copy: data = src.read_bytes()
             else:
                 small = _rgb(im)
-                if small.size!=tuple(size): small = small.resize(size, Image.Resampling.BICUBIC)
-                if turned: small.info['exif'] = im.info.get('exif'); small = ImageOps.exif_transpose(small)
+                if small.size!=tuple(size):
+                    small = small.resize(size, Image.Resampling.BICUBIC)
+                if turned:
+                    small.info['exif'] = im.info.get('exif')
+                    small = ImageOps.exif_transpose(small)
                 buffer = BytesIO()
-                small.save(buffer, 'JPEG' if dst.suffix.lower() in JPEG else 'PNG', quality=quality, exif=b'')
+                kind = 'JPEG' if dst.suffix.lower() in JPEG else 'PNG'
+                small.save(buffer, kind, quality=quality, exif=b'')
                 data = buffer.getvalue()
-    except Exception as e: return 'left out', f'{type(e).__name__}: {e}'.replace(str(src), src.name) # whatever a damaged file can make a decoder raise
+    except Exception as e: # whatever a damaged file can make a decoder raise
+        return 'left out', f'{type(e).__name__}: {e}'.replace(str(src), src.name)
     part = dst.with_name(f'.{dst.name}.{os.getpid()}.part')
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -67,21 +76,90 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
     except OSError as e:
         part.unlink(missing_ok=True)
         raise OSError(e.errno, e.strerror, str(dst)) from e
-    return 'copied' if copy else 'resized', odd
+    return 'copied' if copy else 'resized', remark
 
 # %% ../nbs/08b_prepare.ipynb #c120c0f8
-def _images(path, classes): # (images, loose ones beside the classes, other files, classes found); hidden ones left out
+def _leads_up(d): # a link to a folder that it lies in would have no end
+    return d.parent.resolve().is_relative_to(d.resolve())
+
+# (images, loose ones beside the classes, other files, classes found); hidden ones left out
+def _images(path, classes):
     found,loose,others,there = [],[],[],set()
     for here,dirs,files in os.walk(path, followlinks=True):
         here = Path(here)
-        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and not here.resolve().is_relative_to((here/d).resolve())) # a link upwards would have no end
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and not _leads_up(here/d))
         if classes and classes & set(dirs): dirs[:] = [d for d in dirs if d in classes]
         own = set(here.relative_to(path).parts) & classes if classes else set()
         there |= own
-        for f in sorted(files):
-            if not f.startswith('.'): (others if Path(f).suffix.lower() not in image_extensions else found if own or not classes else loose).append(here/f)
+        for f in (here/f for f in sorted(files) if not f.startswith('.')):
+            if f.suffix.lower() not in image_extensions: others.append(f)
+            elif own or not classes: found.append(f)
+            else: loose.append(f)
     return found,loose,others,there
 
+def _check_folders(path, out, made): # what is there must be ours, and of this kind
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is {'not a folder' if path.exists() else 'not there'}. "
+                                "Give the folder that holds the images, at any depth.")
+    short_side,quality = made['short_side'],made['quality']
+    if out.is_relative_to(path) or path.is_relative_to(out):
+        beside = path.with_name(f'{path.name}_{short_side}')
+        raise ValueError(f"The copy {out} and the original {path} lie in one another: "
+                         f"choose a folder beside it, such as {beside}.")
+    if short_side<1 or not 1<=quality<=95:
+        raise ValueError(f"short_side={short_side}, quality={quality}: at least 1 pixel, "
+                         "and a quality from 1 to 95.")
+    note = out/'prepare.json'
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
+    if not note.is_file():
+        raise FileExistsError(f"{out} is there, and was not made by prepare (it has no prepare.json): "
+                              "choose a new folder.")
+    if (was := json.loads(note.read_text()))!=made:
+        raise ValueError(f"{out} was made with {was}, and now it is {made}: "
+                         "choose another folder, or remove it.")
+
+def _find(path, classes): # (images, other files); all of the classes must be there
+    files,loose,others,there = _images(path, classes)
+    if missing := sorted(classes-there):
+        raise ValueError(f"{path} has no images in {len(missing)} of {len(classes)} classes: "
+                         f"{name_some(missing, 100)}.")
+    if not files:
+        raise ValueError(f"{path} holds no images, but "
+                         f"{name_some(sorted(f.name for f in path.iterdir())) or 'nothing'}.")
+    if loose:
+        warnings.warn(f"{len(loose)} images lie outside the {len(classes)} class folders, and are not copied: "
+                      f"{name_some([f.relative_to(path) for f in loose], 3)}", stacklevel=3)
+    return files,others
+
+def _jobs(files, path, out): # ({copy: image}, {image left out: why})
+    jobs,left_out = {},{}
+    for f in files:
+        dst = out/_copy_of(f.relative_to(path))
+        if dst in jobs: left_out[f] = f'its copy would have the name of that of {jobs[dst].name}'
+        else: jobs[dst] = f
+    return jobs,left_out
+
+def _copy(todo, jobs, path, out, n_workers, made): # (counts, {image left out: why})
+    count,left_out = dict(resized=0, copied=0),{}
+    with ProcessPoolExecutor(n_workers) as pool, (out/'converted.txt').open('a') as log:
+        try:
+            work = pool.map(partial(_prepare_one, **made), todo, chunksize=8)
+            work = progress_bar(work, total=len(todo), leave=False)
+            for (done,remark),(src,_) in zip(work, todo):
+                if done=='left out':
+                    left_out[src] = remark
+                    continue
+                count[done] += 1
+                if remark:
+                    log.write(f'{src.relative_to(path)}\t{remark}\n')
+                    log.flush()
+        except OSError as e:
+            pool.shutdown(cancel_futures=True)
+            ready = sum(dst.exists() for dst in jobs)
+            raise OSError(e.errno, f"{e.strerror}, writing {e.filename}. {ready} of {len(jobs)} copies are "
+                          "there, and each of them is whole; the originals are untouched. Make room, and the "
+                          "same call goes on from here") from e
+    return count,left_out
 def prepare(
     path, # a tree of images; it is only read
     out, # folder for the copy; new, empty, or one that `prepare` began
@@ -92,49 +170,37 @@ def prepare(
 )->dict: # counts, `left_out` {file: reason}, `converted` {file: mode}, `seconds`, `images_s`, `mb` before and after
     "Copy a tree of images, resized, in parallel; the same call goes on after an interruption"
     path,out = (Path(p).expanduser().resolve() for p in (path, out))
-    if not path.is_dir(): raise FileNotFoundError(f"{path} is {'not a folder' if path.exists() else 'not there'}. Give the folder that holds the images, at any depth.")
-    if out.is_relative_to(path) or path.is_relative_to(out): raise ValueError(f"The copy {out} and the original {path} lie in one another: choose a folder beside it, such as {path.with_name(f'{path.name}_{short_side}')}.")
-    if short_side<1 or not 1<=quality<=95: raise ValueError(f"short_side={short_side}, quality={quality}: at least 1 pixel, and a quality from 1 to 95.")
-    made,note = dict(short_side=short_side, quality=quality),out/'prepare.json'
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): # what is there must be ours, and of this kind
-        if not note.is_file(): raise FileExistsError(f"{out} is there, and was not made by prepare (it has no prepare.json): choose a new folder.")
-        if (was := json.loads(note.read_text()))!=made: raise ValueError(f"{out} was made with {was}, and now it is {made}: choose another folder, or remove it.")
-    classes = set() if classes is None else {classes} if isinstance(classes, str) else set(classes)
-    files,loose,others,there = _images(path, classes)
-    if missing := sorted(classes-there): raise ValueError(f"{path} has no images in {len(missing)} of {len(classes)} classes: {_list(missing, 100)}.")
-    if not files: raise ValueError(f"{path} holds no images, but {_list(sorted(f.name for f in path.iterdir())) or 'nothing'}.")
-    if loose: warnings.warn(f"{len(loose)} images lie outside the {len(classes)} class folders, and are not copied: {_list([f.relative_to(path) for f in loose], 3)}")
-    jobs,left_out = {},{}
-    for f in files:
-        dst = out/_copy_of(f.relative_to(path))
-        if dst in jobs: left_out[f] = f'its copy would have the name of that of {jobs[dst].name}'
-        else: jobs[dst] = f
+    made = dict(short_side=short_side, quality=quality)
+    _check_folders(path, out, made)
+    classes = {classes} if isinstance(classes, str) else set(() if classes is None else classes)
+    files,others = _find(path, classes)
+    jobs,left_out = _jobs(files, path, out)
     out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(made)+'\n')
+    (out/'prepare.json').write_text(json.dumps(made)+'\n')
     for f in out.rglob('.*.part'): f.unlink() # what a killed run was writing
-    todo = [(src,dst) for dst,src in jobs.items() if not (dst.exists() and dst.stat().st_mtime>=src.stat().st_mtime)]
-    count,start = dict(resized=0, copied=0),time.perf_counter()
-    with ProcessPoolExecutor(defaults.cpus if n_workers is None else n_workers) as pool, (out/'converted.txt').open('a') as log:
-        try:
-            work = pool.map(partial(_prepare_one, short_side=short_side, quality=quality), todo, chunksize=8)
-            for (done,remark),(src,_) in zip(progress_bar(work, total=len(todo), leave=False), todo):
-                if done=='left out': left_out[src] = remark; continue
-                count[done] += 1
-                if remark: log.write(f'{src.relative_to(path)}\t{remark}\n'); log.flush()
-        except OSError as e:
-            pool.shutdown(cancel_futures=True)
-            ready = sum(dst.exists() for dst in jobs)
-            raise OSError(e.errno, f"{e.strerror}, writing {e.filename}. {ready} of {len(jobs)} copies are there, and each of them is whole; the originals are untouched. Make room, and the same call goes on from here") from e
+    there = lambda src, dst: dst.exists() and dst.stat().st_mtime>=src.stat().st_mtime
+    todo = [(src,dst) for dst,src in jobs.items() if not there(src, dst)]
+    start = time.perf_counter()
+    count,damaged = _copy(todo, jobs, path, out, defaults.cpus if n_workers is None else n_workers, made)
     seconds = time.perf_counter()-start
-    left_out = {str(f.relative_to(path)): why for f,why in left_out.items()}
-    converted = dict(line.split('\t') for line in (out/'converted.txt').read_text().splitlines())
+    left_out = {str(f.relative_to(path)): why for f,why in {**left_out, **damaged}.items()}
     (out/'left_out.txt').write_text(''.join(f'{f}\t{why}\n' for f,why in left_out.items()))
+    converted = dict(line.split('\t') for line in (out/'converted.txt').read_text().splitlines())
     mb = [sum(f.stat().st_size for f in fs if f.exists())/1e6 for fs in (jobs.values(), jobs)]
-    print(f"{len(files)} images: {count['resized']} resized, {count['copied']} copied as they are, {len(jobs)-len(todo)} were there, {len(left_out)} left out. {mb[0]:.1f} -> {mb[1]:.1f} MB, {len(todo)/seconds:.0f} images/s.")
-    if left_out: print(f"Left out (in left_out.txt): {_list([f'{f} ({why})' for f,why in left_out.items()])}")
-    if converted: print(f"Converted to 8-bit RGB (in converted.txt): {_list([f'{f} ({mode})' for f,mode in converted.items()])}")
-    if others: print(f"Not copied, as they have no image's suffix: {_list([f.relative_to(path) for f in others], 5)}")
-    return dict(images=len(files), **count, there=len(jobs)-len(todo), left_out=left_out, converted=converted, others=len(others), seconds=seconds, images_s=len(todo)/seconds, mb=mb)
+    print(f"{len(files)} images: {count['resized']} resized, {count['copied']} copied as they are, "
+          f"{len(jobs)-len(todo)} were there, {len(left_out)} left out. "
+          f"{mb[0]:.1f} -> {mb[1]:.1f} MB, {len(todo)/seconds:.0f} images/s.")
+    if left_out:
+        print("Left out (in left_out.txt):", name_some(f'{f} ({why})' for f,why in left_out.items()))
+    if converted:
+        print("Converted to 8-bit RGB (in converted.txt):",
+              name_some(f'{f} ({mode})' for f,mode in converted.items()))
+    if others:
+        print("Not copied, as they have no image's suffix:",
+              name_some([f.relative_to(path) for f in others], 5))
+    return dict(images=len(files), **count, there=len(jobs)-len(todo), left_out=left_out,
+                converted=converted, others=len(others), seconds=seconds,
+                images_s=len(todo)/seconds, mb=mb)
 
 # %% ../nbs/08b_prepare.ipynb #35f3bd4d
 def loader_speed(
@@ -169,9 +235,15 @@ def suggest_workers(
     counts = sorted({0, cores, *(2**i for i in range(cores.bit_length()))})
     speed = {n: loader_speed(dls, n, seconds) for n in counts}
     best = max(speed.values())
-    if target is not None and best<target: warnings.warn(f"The loader's best is {best:.0f} images/s, less than the {target:g} asked for. A copy by prepare(..., short_side={round(dls.one_batch()[0].shape[-1]*8/7)}) may help, or more cores.")
+    if target is not None and best<target:
+        short_side = round(dls.one_batch()[0].shape[-1]*8/7)
+        warnings.warn(f"The loader's best is {best:.0f} images/s, less than the {target:g} asked for. A copy by "
+                      f"prepare(..., short_side={short_side}) may help, or more cores.", stacklevel=2)
     enough = min(best, best if target is None else target)*(1-within)
     def fits(n, v):
-        if n==0: v = 1/(1/v+1/target) if target is not None else v if torch.device(dls.device).type=='cpu' else 0. # without workers loading and training take turns
+        if n==0: # without workers loading and training take turns
+            if target is not None: v = 1/(1/v+1/target)
+            elif torch.device(dls.device).type!='cpu': v = 0.
         return v>=enough
-    return pd.DataFrame({'workers': list(speed), 'images/s': [round(v, 1) for v in speed.values()]}), next((n for n,v in speed.items() if fits(n, v)), max(speed, key=speed.get))
+    table = pd.DataFrame({'workers': list(speed), 'images/s': [round(v, 1) for v in speed.values()]})
+    return table, next((n for n,v in speed.items() if fits(n, v)), max(speed, key=speed.get))

@@ -11,36 +11,51 @@ root = Path(__file__).parent.parent
 modules = {f.stem: import_module(f'attn_diversity.{f.stem}') for f in sorted((root/'attn_diversity').glob('[!_]*.py'))}
 exported = [(m,n) for m,mod in modules.items() for n in mod.__all__]
 source = lambda c: ''.join(c['source'])
-cells = [source(c) for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+notebooks = [f for f in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in f.parts]
+cells = [source(c) for f in notebooks for c in json.loads(f.read_text(encoding='utf-8'))['cells']
+         if c['cell_type']=='code']
 tests = [f.read_text(encoding='utf-8') for f in (root/'tests').glob('*.py')]
 
 def defines(code, name): return re.search(rf'^(def|class) {name}\b|^{name}\s*=|^{name},', code, flags=re.M) is not None
-def uses(code, name): return re.search(rf'\b{name}\b', re.sub(r'^\s*(from|import) .*$|#.*$', '', code, flags=re.M)) is not None
+def uses(code, name):
+    code = re.sub(r'^\s*(from|import) .*$|#.*$', '', code, flags=re.M)
+    return re.search(rf'\b{name}\b', code) is not None
 def own(o): # what has the parameters: a function, or the __init__ that a class writes itself
     return o if inspect.isfunction(o) else vars(o).get('__init__') if inspect.isclass(o) else None
+
+def shape(s): return re.search(r'\[.*\]|\ba number\b', s)
+
+def docstring_gaps(o):
+    doc = o.__dict__.get('__doc__') if inspect.isclass(o) else o.__doc__
+    if not doc or not doc.strip(): yield 'no docstring'
+    elif '\n' in doc.strip(): yield 'a docstring of several lines'
+
+def parameter_gap(p, d, f): # of the parameter p of f, which docments knows as d
+    if p.kind==p.VAR_KEYWORD: # docments does not read these
+        said = re.search(rf'\*\*{p.name}[^\n]*# ?\S', inspect.getsource(f))
+        return None if said else f'nothing said about **{p.name}'
+    if not d or not d.docment: return f'nothing said about {p.name}'
+    if 'Tensor' in str(p.annotation) and not shape(d.docment):
+        return f'{p.name} is a tensor of unknown shape: {d.docment}'
+
+def return_gap(annotation, d):
+    if not d or not d.docment: return 'nothing said about what it returns'
+    if 'Tensor' in str(annotation) and not shape(d.docment):
+        return f'it returns a tensor of unknown shape: {d.docment}'
 
 def gaps(o, name):
     "What is missing in the explanation of a function or class"
     if not inspect.isfunction(o) and not inspect.isclass(o): return
-    doc = o.__dict__.get('__doc__') if inspect.isclass(o) else o.__doc__
-    if not doc or not doc.strip(): yield 'no docstring'
-    elif '\n' in doc.strip(): yield 'a docstring of several lines'
+    yield from docstring_gaps(o)
     if not (f := own(o)): return
     f = inspect.unwrap(f)
     said = docments(f, full=True)
-    shape = lambda s: re.search(r'\[.*\]|\ba number\b', s)
-    for p in inspect.signature(f).parameters.values():
-        if p.name=='self': continue
-        d = said.get(p.name)
-        if p.kind==p.VAR_KEYWORD: # docments does not read these
-            if not re.search(rf'\*\*{p.name}[^\n]*# ?\S', inspect.getsource(f)): yield f'nothing said about **{p.name}'
-        elif not d or not d.docment: yield f'nothing said about {p.name}'
-        elif 'Tensor' in str(p.annotation) and not shape(d.docment): yield f'{p.name} is a tensor of unknown shape: {d.docment}'
+    found = [parameter_gap(p, said.get(p.name), f)
+             for p in inspect.signature(f).parameters.values() if p.name!='self']
     back = inspect.signature(f).return_annotation
     if inspect.isfunction(o) and back not in (inspect.Signature.empty, None):
-        d = said.get('return')
-        if not d or not d.docment: yield 'nothing said about what it returns'
-        elif 'Tensor' in str(back) and not shape(d.docment): yield f'it returns a tensor of unknown shape: {d.docment}'
+        found.append(return_gap(back, said.get('return')))
+    yield from filter(None, found)
 
 def test_the_check_finds_gaps():
     from torch import Tensor

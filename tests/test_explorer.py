@@ -7,16 +7,22 @@ chromium = next((p for p in map(shutil.which, ('chromium','chromium-browser','go
 try: import websocket # comes with jupyter_server
 except ImportError: websocket = None
 lab = Path(sys.executable).with_name('jupyter-lab')
-missing = [n for n,there in (('Chromium', chromium), ('websocket-client', websocket), ('JupyterLab', lab.exists())) if not there]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"SKIPPED, the explorer was not tried in a browser: no {', '.join(missing)}")
+needed = (('Chromium', chromium), ('websocket-client', websocket), ('JupyterLab', lab.exists()))
+missing = [n for n,there in needed if not there]
+pytestmark = pytest.mark.skipif(
+    bool(missing), reason=f"SKIPPED, the explorer was not tried in a browser: no {', '.join(missing)}")
 
 class Page:
     "A page in headless Chromium, by its DevTools protocol"
     def __init__(self, url, folder, size=(1200,1000)):
-        args = ['--headless=new','--no-sandbox','--disable-gpu','--disable-dev-shm-usage','--no-first-run','--remote-debugging-port=0','--remote-allow-origins=*',f'--user-data-dir={folder}',f'--window-size={size[0]},{size[1]}','about:blank']
+        args = ['--headless=new','--no-sandbox','--disable-gpu','--disable-dev-shm-usage','--no-first-run',
+                '--remote-debugging-port=0','--remote-allow-origins=*',f'--user-data-dir={folder}',
+                f'--window-size={size[0]},{size[1]}','about:blank']
         self.process = subprocess.Popen([chromium, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port = wait(lambda: (folder/'DevToolsActivePort').exists() and (folder/'DevToolsActivePort').read_text().split('\n')[0], 'Chromium starts')
-        pages = wait(lambda: [p for p in json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/json')) if p['type']=='page'], 'a page opens')
+        said = folder/'DevToolsActivePort'
+        port = wait(lambda: said.exists() and said.read_text().split('\n')[0], 'Chromium starts')
+        listed = lambda: json.load(urllib.request.urlopen(f'http://127.0.0.1:{port}/json'))
+        pages = wait(lambda: [p for p in listed() if p['type']=='page'], 'a page opens')
         self.ws,self.n = websocket.create_connection(pages[0]['webSocketDebuggerUrl'], timeout=30),0
         self('Emulation.setDeviceMetricsOverride', width=size[0], height=size[1], deviceScaleFactor=1, mobile=False)
         self('Emulation.setFocusEmulationEnabled', enabled=True) # without a focus JupyterLab has no current notebook
@@ -32,12 +38,17 @@ class Page:
         assert 'exceptionDetails' not in answer, answer
         return answer['result'].get('value')
     def box(self, selector, i=0): # middle and size of an element, scrolled into view
-        return self.js(f"(()=>{{const e=document.querySelectorAll({selector!r})[{i}]; if(!e) return null; e.scrollIntoView({{block:'nearest'}}); const r=e.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2, r.width, r.height]}})()")
+        return self.js(f"(()=>{{const e=document.querySelectorAll({selector!r})[{i}]; if(!e) return null; "
+                       "e.scrollIntoView({block:'nearest'}); const r=e.getBoundingClientRect(); "
+                       "return [r.x+r.width/2, r.y+r.height/2, r.width, r.height]})()")
     def click(self, selector, i=0):
         x,y = self.box(selector, i)[:2]
-        for kind in ('mousePressed','mouseReleased'): self('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
+        for kind in ('mousePressed','mouseReleased'):
+            self('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
     def key(self, name, code):
-        for kind in ('keyDown','keyUp'): self('Input.dispatchKeyEvent', type=kind, key=name, code=name, windowsVirtualKeyCode=code, **(dict(text='\r') if name=='Enter' and kind=='keyDown' else {}))
+        for kind in ('keyDown','keyUp'):
+            text = dict(text='\r') if name=='Enter' and kind=='keyDown' else {}
+            self('Input.dispatchKeyEvent', type=kind, key=name, code=name, windowsVirtualKeyCode=code, **text)
     def picture(self): return base64.b64decode(self('Page.captureScreenshot', format='png')['data'])
     def close(self):
         try: self('Browser.close')
@@ -55,24 +66,40 @@ def wait(f, what, seconds=40):
     raise AssertionError(f'not within {seconds} s: {what}')
 
 def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 class Lab:
     "A notebook in JupyterLab, run from top to bottom"
     def __init__(self, folder, cells, size=(1200,1000)):
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
-        (folder/'work').mkdir(); nbformat.write(nb, folder/'work'/'explore.ipynb')
+        kernel = dict(name='python3', display_name='python3', language='python')
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells],
+                                      metadata=dict(kernelspec=kernel))
+        (folder/'work').mkdir()
+        nbformat.write(nb, folder/'work'/'explore.ipynb')
         port = free_port()
-        env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'OMP_NUM_THREADS': '1', 'JUPYTER_CONFIG_DIR': str(folder/'config'), 'JUPYTER_DATA_DIR': str(folder/'data'), 'JUPYTER_RUNTIME_DIR': str(folder/'runtime'), 'IPYTHONDIR': str(folder/'ipython')}
+        env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'OMP_NUM_THREADS': '1',
+               'JUPYTER_CONFIG_DIR': str(folder/'config'), 'JUPYTER_DATA_DIR': str(folder/'data'),
+               'JUPYTER_RUNTIME_DIR': str(folder/'runtime'), 'IPYTHONDIR': str(folder/'ipython')}
         self.log = open(folder/'lab.log', 'w')
-        self.server = subprocess.Popen([lab, '--allow-root','--no-browser','--ServerApp.ip=127.0.0.1',"--IdentityProvider.token=",'--LabApp.expose_app_in_browser=True','--port',str(port),f"--ServerApp.root_dir={folder/'work'}"], stdout=self.log, stderr=self.log, env=env)
+        self.server = subprocess.Popen(
+            [lab, '--allow-root','--no-browser','--ServerApp.ip=127.0.0.1',"--IdentityProvider.token=",
+             '--LabApp.expose_app_in_browser=True','--port',str(port),
+             f"--ServerApp.root_dir={folder/'work'}"], stdout=self.log, stderr=self.log, env=env)
         self.page = None
         try:
             wait(lambda: urllib.request.urlopen(f'http://127.0.0.1:{port}/api').status==200, 'JupyterLab starts')
-            self.page = p = Page(f'http://127.0.0.1:{port}/lab/workspaces/auto-a/tree/explore.ipynb?reset', folder/'chromium', size)
-            wait(lambda: p.js("window.jupyterapp && [...jupyterapp.shell.widgets('main')].some(w => w.sessionContext?.isReady && w.sessionContext.session?.kernel?.status==='idle' && (jupyterapp.shell.activateById(w.id), true))"), 'the notebook opens and its kernel starts')
+            url = f'http://127.0.0.1:{port}/lab/workspaces/auto-a/tree/explore.ipynb?reset'
+            self.page = p = Page(url, folder/'chromium', size)
+            ready = ("w.sessionContext?.isReady && w.sessionContext.session?.kernel?.status==='idle' && "
+                     "(jupyterapp.shell.activateById(w.id), true)")
+            wait(lambda: p.js("window.jupyterapp && [...jupyterapp.shell.widgets('main')].some("
+                              f"w => {ready})"), 'the notebook opens and its kernel starts')
             p.js("jupyterapp.shell.collapseLeft(), jupyterapp.commands.execute('notebook:run-all-cells'), 1")
-        except BaseException: self.close(); raise
+        except BaseException:
+            self.close()
+            raise
     def close(self):
         if self.page: self.page.close()
         self.server.terminate()
@@ -83,20 +110,25 @@ class Lab:
 @pytest.fixture
 def page(tmp_path):
     lab = Lab(tmp_path, ["import timm, torch; torch.manual_seed(0)\nfrom attn_diversity.explorer import PruneExplorer\n"
-                         "PruneExplorer(timm.create_model('vit_tiny_patch16_224', img_size=96, depth=4, num_classes=3), classes=['cat','dog','tree'])"])
+                         "PruneExplorer(timm.create_model('vit_tiny_patch16_224', img_size=96, depth=4, "
+                         "num_classes=3), classes=['cat','dog','tree'])"])
     yield lab.page
     lab.close()
 
 def test_the_explorer_answers_mouse_and_keyboard(page):
     text = lambda: page.js("document.querySelector('.ad-explorer')?.innerText") or ''
-    pictures = lambda: page.js("Promise.all([...document.querySelectorAll('.ad-explorer img')].map(async i => { const b = new Uint8Array(await (await fetch(i.src)).arrayBuffer()); let h = 0; for (const v of b) h = (h*31+v)|0; return h }))")
+    pictures = lambda: page.js(
+        "Promise.all([...document.querySelectorAll('.ad-explorer img')].map(async i => { "
+        "const b = new Uint8Array(await (await fetch(i.src)).arrayBuffer()); let h = 0; "
+        "for (const v of b) h = (h*31+v)|0; return h }))")
     wait(lambda: 'GFLOPs' in text(), 'the panel appears')
     assert page.js("document.querySelectorAll('.ad-grid button').length")==36 and len(pictures())==2
     assert 'keep_rate=0.7' in text() and 'pruned:' in text() and 'Traceback' not in page.js("document.body.innerText")
     number = lambda pattern: re.search(pattern, text()).group(1)
 
     # the buttons lie on the patches of the picture
-    x,y,w,h = page.box('.ad-explorer img'); bx,by,bw,bh = page.box('.ad-grid button', 0)
+    x,y,w,h = page.box('.ad-explorer img')
+    bx,by,bw,bh = page.box('.ad-grid button', 0)
     assert abs(bx-bw/2-(x-w/2))<2 and abs(by-bh/2-(y-h/2))<2 and abs(6*bw-w)<2 and abs(6*bh-h)<2
 
     # the keep rate by keyboard: fewer patches, fewer GFLOPs, another picture and another line of code
@@ -109,7 +141,10 @@ def test_the_explorer_answers_mouse_and_keyboard(page):
 
     # the indicator
     before = pictures()
-    page.js("(()=>{const e=[...document.querySelectorAll('.ad-explorer select')].find(e=>[...e.options].some(o=>o.text==='medad')); e.value=[...e.options].find(o=>o.text==='medad').value; e.dispatchEvent(new Event('change',{bubbles:true}))})()")
+    page.js("(()=>{const e=[...document.querySelectorAll('.ad-explorer select')].find("
+            "e=>[...e.options].some(o=>o.text==='medad')); "
+            "e.value=[...e.options].find(o=>o.text==='medad').value; "
+            "e.dispatchEvent(new Event('change',{bubbles:true}))})()")
     wait(lambda: "indicator='medad'" in text(), 'the indicator changes')
     wait(lambda: pictures()[1]!=before[1], 'the score map changes')
 
@@ -121,7 +156,9 @@ def test_the_explorer_answers_mouse_and_keyboard(page):
     wait(lambda: all(a!=b for a,b in zip(pictures(), before)), 'the frame moves')
 
     # a wrong path is a message, and the panel lives on; the figure is a link
-    page.click('.ad-explorer .widget-text input'); page('Input.insertText', text='nowhere.jpg'); page.key('Enter', 13)
+    page.click('.ad-explorer .widget-text input')
+    page('Input.insertText', text='nowhere.jpg')
+    page.key('Enter', 13)
     wait(lambda: 'nowhere.jpg is not there' in text(), 'the message')
     page.js("[...document.querySelectorAll('.ad-explorer button')].find(b=>b.innerText.includes('Figure')).click()")
     link = wait(lambda: page.js("document.querySelector('.ad-explorer a[download]')?.href"), 'the link')

@@ -20,10 +20,14 @@ def test_users_do_not_install_nbdev():
 def test_what_modules_import_is_required():
     "Every third-party module that the package imports is in the requirements"
     modules = {'scikit-learn': 'sklearn', 'pillow': 'PIL'} # where the names differ
-    names = {modules.get(n := re.split('[<>=]', r)[0], n.replace('-','_')) for r in settings['requirements'].split()} | {'numpy','attn_diversity'} # numpy comes with torch's friends
+    required = [re.split('[<>=]', r)[0] for r in settings['requirements'].split()]
+    names = {modules.get(n, n.replace('-','_')) for n in required}
+    names |= {'numpy','attn_diversity'} # numpy comes with torch's friends
     for f in (root/'attn_diversity').glob('*.py'):
         for node in ast.walk(ast.parse(f.read_text())):
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if isinstance(node, ast.Import): found = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level: found = [node.module]
+            else: found = []
             for m in found:
                 top = m.split('.')[0]
                 assert top in names or top in sys.stdlib_module_names, f'{f.name} imports {m}'
@@ -33,19 +37,25 @@ def test_arrows_point_up():
     order = [m.group(1) for f in notebooks for c in cells[f] if (m := re.match(r'#\| default_exp (\w+)', source(c)))]
     used = {}
     for i,name in enumerate(order):
-        used[name] = set(re.findall(r'^from (?:attn_diversity)?\.(\w+)', (root/'attn_diversity'/f'{name}.py').read_text(), flags=re.M))
+        module = (root/'attn_diversity'/f'{name}.py').read_text()
+        used[name] = set(re.findall(r'^from (?:attn_diversity)?\.(\w+)', module, flags=re.M))
         assert used[name]<=set(order[:i]), f'{name} imports {used[name]-set(order[:i])}'
     assert 'attention' in used['pruning'] # the pattern finds imports at all
 
 def test_constraints_pin_what_developers_install():
-    pinned = {l.split('==')[0].lower().replace('_','-') for l in (root/'constraints.txt').read_text().splitlines() if '==' in l}
-    wanted = {re.split('[<>=;]', r)[0].lower().replace('_','-') for r in (settings['requirements']+' '+settings['dev_requirements']).split()}
+    plain = lambda name: name.lower().replace('_','-')
+    lines = (root/'constraints.txt').read_text().splitlines()
+    pinned = {plain(l.split('==')[0]) for l in lines if '==' in l}
+    required = (settings['requirements']+' '+settings['dev_requirements']).split()
+    wanted = {plain(re.split('[<>=;]', r)[0]) for r in required}
     assert wanted<=pinned, wanted-pinned
 
 def test_quarto_stub_finds_its_targets():
     stub = yaml.safe_load((root/'nbs'/'_quarto.yml').read_text())
     assert (root/'nbs'/stub['metadata-files'][0]).resolve()==root/'_quarto.yml'
-    def files(node): return [node] if isinstance(node, str) else sum((files(n) for n in (node.get('contents', []) if isinstance(node, dict) else node)), [])
+    def files(node):
+        if isinstance(node, str): return [node]
+        return sum((files(n) for n in (node.get('contents', []) if isinstance(node, dict) else node)), [])
     shown = files(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents'])
     assert {root/'nbs'/f for f in shown}=={*notebooks, *(root/'nbs').rglob('*.qmd')}
 
@@ -58,7 +68,8 @@ def test_notebook_is_fit_to_read(nb):
     for c in code:
         for o in c['outputs']:
             assert o['output_type']!='error'
-            text = json.dumps({k:v for k,v in o.items() if k!='data'} | {'data': {k:v for k,v in o.get('data', {}).items() if not k.startswith('image')}})
+            data = {k:v for k,v in o.get('data', {}).items() if not k.startswith('image')}
+            text = json.dumps({**o, 'data': data})
             assert not re.search(r'/(work|root|home|tmp)/|site-packages', text), f'a path of some machine: {text[:300]}'
         assert not re.search(r'/(work|root|home|tmp)/', source(c))
 
@@ -66,7 +77,9 @@ def test_readme_is_the_index():
     sys.path.insert(0, str(root/'.ci'))
     from readme import readme
     cwd = os.getcwd()
-    try: os.chdir(root); text,pictures = readme()
+    try:
+        os.chdir(root)
+        text,pictures = readme()
     finally: os.chdir(cwd)
     assert (root/'README.md').read_text(encoding='utf-8')==text, 'run make readme'
     for name,data in pictures.items(): assert (root/name).read_bytes()==data

@@ -1,5 +1,5 @@
 "The site as a reader sees it: every page in Chromium, wide and narrow."
-import functools, http.server, json, re, subprocess, sys, threading
+import functools, http.server, re, subprocess, sys, threading
 from configparser import ConfigParser
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,25 +10,35 @@ from test_explorer import Page, chromium, wait, websocket
 
 root = Path(__file__).parent.parent
 docs,phone = root/'_docs',390
-missing = [n for n,there in (('Chromium', chromium), ('websocket-client', websocket), ('smalldocs', find_spec('smalldocs')), ('latex2mathml', find_spec('latex2mathml'))) if not there]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"SKIPPED, the site was not built and looked at: no {', '.join(missing)}")
+needed = (('Chromium', chromium), ('websocket-client', websocket), ('smalldocs', find_spec('smalldocs')),
+          ('latex2mathml', find_spec('latex2mathml')))
+missing = [n for n,there in needed if not there]
+pytestmark = pytest.mark.skipif(
+    bool(missing), reason=f"SKIPPED, the site was not built and looked at: no {', '.join(missing)}")
 
 look = """(() => {
-  const box = e => e.getBoundingClientRect(), main = document.querySelector('main') || document.body, prose = main.cloneNode(true)
+  const box = e => e.getBoundingClientRect(), main = document.querySelector('main') || document.body
+  const all = s => [...document.querySelectorAll(s)], prose = main.cloneNode(true)
   prose.querySelectorAll('code, pre, math, script, style').forEach(e => e.remove())
   return {
     links: [...document.querySelectorAll('a[href]')].map(a => [a.getAttribute('href'), a.href]),
     ids: [...document.querySelectorAll('[id]')].map(e => e.id),
     pictures: [...document.querySelectorAll('main img')].map(i => [i.naturalWidth, box(i).width]),
-    elsewhere: [...document.querySelectorAll('script[src], link[rel=stylesheet], img[src], iframe[src]')].map(e => e.src || e.href).filter(u => !u.startsWith('data:') && !u.startsWith(location.origin)),
+    elsewhere: all('script[src], link[rel=stylesheet], img[src], iframe[src]').map(e => e.src || e.href)
+      .filter(u => !u.startsWith('data:') && !u.startsWith(location.origin)),
     prose: prose.textContent, code: [...main.querySelectorAll('pre')].map(p => p.textContent),
-    title: [...document.querySelectorAll('h1')].map(h => h.textContent), below: document.querySelector('.subtitle, .description')?.textContent || '',
+    title: all('h1').map(h => h.textContent),
+    below: document.querySelector('.subtitle, .description')?.textContent || '',
     side: [...document.querySelectorAll('#quarto-sidebar a.sidebar-link[href]')].map(a => a.href),
     card: [...document.querySelectorAll('meta[property="og:image"], meta[name="twitter:image"]')].map(m => m.content),
   }})()"""
 narrow = """(() => { // what sticks out and cannot be scrolled to, even if the page cuts it off
-  const held = e => { for (let p = e.parentElement; p; p = p.parentElement) if (['auto','scroll'].includes(getComputedStyle(p).overflowX)) return true }
-  return [document.documentElement.scrollWidth, innerWidth, [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right>innerWidth+2 && !held(e)).map(e => `${e.tagName} ${e.className} ${e.textContent.slice(0,50)}`)]
+  const scrolls = p => ['auto','scroll'].includes(getComputedStyle(p).overflowX)
+  const held = e => { for (let p = e.parentElement; p; p = p.parentElement) if (scrolls(p)) return true }
+  const out = [...document.querySelectorAll('main *')]
+    .filter(e => e.getBoundingClientRect().right>innerWidth+2 && !held(e))
+  return [document.documentElement.scrollWidth, innerWidth,
+          out.map(e => `${e.tagName} ${e.className} ${e.textContent.slice(0,50)}`)]
 })()"""
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -52,12 +62,18 @@ class Site:
                 self.size(phone)
                 self.pages[name]['narrow'] = self.page.js(narrow)
                 self.size(1200)
-        except BaseException: self.server.shutdown(); raise
-    def size(self, w): self.page('Emulation.setDeviceMetricsOverride', width=w, height=900, deviceScaleFactor=1, mobile=w<600)
+        except BaseException:
+            self.server.shutdown()
+            raise
+    def size(self, w):
+        self.page('Emulation.setDeviceMetricsOverride', width=w, height=900, deviceScaleFactor=1, mobile=w<600)
     def open(self, name):
         self.page('Page.navigate', url=self.url+name)
-        wait(lambda: self.page.js(f"location.href=={self.url+name!r} && document.readyState=='complete'"), f'{name} opens')
-    def close(self): self.page.close(); self.server.shutdown()
+        there = f"location.href=={self.url+name!r} && document.readyState=='complete'"
+        wait(lambda: self.page.js(there), f'{name} opens')
+    def close(self):
+        self.page.close()
+        self.server.shutdown()
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
@@ -65,17 +81,23 @@ def site(tmp_path_factory):
     yield s
     s.close()
 
-home = ConfigParser(delimiters=['=']); home.read(root/'settings.ini'); home = home['DEFAULT']['doc_host']+home['DEFAULT']['doc_baseurl']+'/'
+home = ConfigParser(delimiters=['='])
+home.read(root/'settings.ini')
+home = home['DEFAULT']['doc_host']+home['DEFAULT']['doc_baseurl']+'/'
 config = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
-def sources(node): return [node] if isinstance(node, str) else sum((sources(n) for n in (node.get('contents', []) if isinstance(node, dict) else node)), [])
+def sources(node):
+    if isinstance(node, str): return [node]
+    return sum((sources(n) for n in (node.get('contents', []) if isinstance(node, dict) else node)), [])
 shown = sources(config['website']['sidebar']['contents'])
-def page_of(source): return re.sub(r'(^|/)\d+[a-z]?_', r'\1', source).rsplit('.', 1)[0]+'.html' # nbdev leaves the number out
+def page_of(source): # nbdev leaves the number out
+    return re.sub(r'(^|/)\d+[a-z]?_', r'\1', source).rsplit('.', 1)[0]+'.html'
 
 def test_every_notebook_has_a_page(site):
     assert not site.warnings
     assert set(site.pages)=={page_of(s) for s in shown}
     for name,p in site.pages.items():
-        assert len(p['title'])==1 and p['title'][0].strip() and p['below'].strip() and len(p['prose'])>300, (name, p['title'], p['below'])
+        assert len(p['title'])==1 and p['title'][0].strip(), (name, p['title'])
+        assert p['below'].strip() and len(p['prose'])>300, (name, p['below'])
 
 def test_links_and_anchors(site):
     inside = 0
@@ -86,11 +108,14 @@ def test_links_and_anchors(site):
                 inside += 1
                 page = target.removeprefix(site.url) or 'index.html'
                 assert page in site.pages or (docs/page).is_file(), f'{name}: {raw} leads nowhere'
-                if anchor and page in site.pages: assert anchor in site.pages[page]['ids'], f'{name}: {raw}: {page} has no such place'
+                if anchor and page in site.pages:
+                    assert anchor in site.pages[page]['ids'], f'{name}: {raw}: {page} has no such place'
             else:
                 u = urlsplit(full)
-                assert u.scheme=='https' and re.fullmatch(r'[\w-]+(\.[\w-]+)+', u.netloc) and not re.search(r'localhost|127\.0\.0\.1', full), f'{name}: {raw}'
-                assert not (m := re.match(r'https://github.com/attn-diversity/attn_diversity/blob/main/([^#]+)', full)) or (root/m[1]).is_file(), f'{name}: {raw}: no such file in the repository'
+                assert u.scheme=='https' and re.fullmatch(r'[\w-]+(\.[\w-]+)+', u.netloc), f'{name}: {raw}'
+                assert not re.search(r'localhost|127\.0\.0\.1', full), f'{name}: {raw}'
+                m = re.match(r'https://github.com/attn-diversity/attn_diversity/blob/main/([^#]+)', full)
+                assert not m or (root/m[1]).is_file(), f'{name}: {raw}: no such file in the repository'
     assert inside>25*len(site.pages)
 
 def test_pictures(site):
@@ -104,7 +129,8 @@ def test_readable_without_a_network(site):
     for name,p in site.pages.items(): assert not p['elsewhere'], name
 
 def test_side_bar_shows_the_course_in_order(site):
-    for name,p in site.pages.items(): assert [u.removeprefix(site.url) for u in p['side']]==[page_of(s) for s in shown], name
+    course = [page_of(s) for s in shown]
+    for name,p in site.pages.items(): assert [u.removeprefix(site.url) for u in p['side']]==course, name
 
 def test_nothing_raw_in_the_text(site):
     for name,p in site.pages.items():
@@ -122,7 +148,8 @@ def test_the_library_is_documented(site):
         for name in module.__all__:
             if not callable(getattr(module, name)): continue
             home = getattr(module, name).__module__.split('.') # a name may be passed on by another module
-            p = site.pages[f"{home[1] if home[0]=='attn_diversity' else f.stem}.html"]; n += 1
+            p = site.pages[f"{home[1] if home[0]=='attn_diversity' else f.stem}.html"]
+            n += 1
             assert name.lower() in p['ids'], f'{f.stem}.html has nothing about {name}'
             assert any(re.match(rf'(class|def) {name}\(', c.strip()) for c in p['code']), f'no signature of {name}'
     assert n>60
@@ -135,14 +162,19 @@ def test_fits_on_a_phone(site):
 def test_search_finds(site):
     site.open('tutorials/compare.html') # one folder down, where wrong paths show
     wait(lambda: site.page.box('#quarto-search input'), 'there is a search box')
-    site.page.js("(() => { const i = document.querySelector('#quarto-search input'); i.focus(); i.value = 'MedAD'; i.dispatchEvent(new Event('input', {bubbles: true})) })()")
-    found = wait(lambda: site.page.js("[...document.querySelectorAll('.smalldocs-search-results a')].map(a => [a.href, a.innerText])"), 'the search finds something')
+    site.page.js("(() => { const i = document.querySelector('#quarto-search input'); i.focus(); "
+                 "i.value = 'MedAD'; i.dispatchEvent(new Event('input', {bubbles: true})) })()")
+    results = ("[...document.querySelectorAll('.smalldocs-search-results a')]"
+               ".map(a => [a.href, a.innerText])")
+    found = wait(lambda: site.page.js(results), 'the search finds something')
     pages = {urldefrag(u)[0].removeprefix(site.url) for u,_ in found}
     assert pages<=set(site.pages) and 'indicators.html' in pages and any('medad' in t.lower() for _,t in found), found
 
 def test_light_and_dark(site):
     site.open('index.html')
-    def background(): return sum(map(int, re.findall(r'\d+', site.page.js("getComputedStyle(document.body).backgroundColor"))[:3]))
+    def background():
+        colour = site.page.js("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r'\d+', colour)[:3]))
     for scheme in ('light','dark'):
         site.page('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
         wait(lambda: (background()<200)==(scheme=='dark'), f'{scheme}: the page follows')

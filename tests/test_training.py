@@ -7,10 +7,15 @@ from safetensors.torch import load_file
 env = {**os.environ, 'OMP_NUM_THREADS': '1'}
 tool = lambda name: str(Path(sys.executable).with_name(name))
 torchrun = [tool('torchrun'), '--nproc_per_node','2']
-accelerate = [tool('accelerate'), 'launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no'] # without a GPU the processes talk by gloo
-small = ['digits','--arch','vit_tiny_patch16_224','--scratch','--img_size','32','--batch_size','32','--lr','1e-3','--n_workers','0','--indicator','medad','--keep_rate','0.5']
+# without a GPU the processes talk by gloo
+accelerate = [tool('accelerate'), 'launch','--multi_gpu','--num_processes','2','--num_machines','1',
+              '--mixed_precision','no','--dynamo_backend','no']
+small = ['digits','--arch','vit_tiny_patch16_224','--scratch','--img_size','32','--batch_size','32',
+         '--lr','1e-3','--n_workers','0','--indicator','medad','--keep_rate','0.5']
 
-def start(*args): return subprocess.Popen([str(a) for a in args], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(*args):
+    return subprocess.Popen([str(a) for a in args], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
 def train(out, *args): return start(sys.executable, '-m', 'attn_diversity', 'train', *small, '--out', out, *args)
 
 def finish(p):
@@ -24,7 +29,8 @@ def until_saved(p, out, epoch):
         time.sleep(.02)
 
 def history(out): return pd.read_csv(out/'history.csv')[['epoch','train_loss','valid_loss','accuracy']]
-def same_weights(a, b): return all(torch.equal(x, y) for x,y in zip(load_file(a/'model.safetensors').values(), load_file(b/'model.safetensors').values()))
+def weights(out): return load_file(out/'model.safetensors').values()
+def same_weights(a, b): return all(torch.equal(x, y) for x,y in zip(weights(a), weights(b), strict=True))
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
@@ -35,8 +41,9 @@ def whole(tmp_path_factory):
 
 def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     """Without random augmentation, of which each process draws its own: same batches, same losses, same weights.
-    With scores that do not depend on the weights: where two patches have nearly the same score, the least difference in rounding turns
-    their order, and then it is no longer small. (Variance begins to differ in the 13th batch of this very training.)"""
+    With scores that do not depend on the weights: where two patches have nearly the same score, the least
+    difference in rounding turns their order, and then it is no longer small. (Variance begins to differ in the
+    13th batch of this very training.)"""
     script = tmp_path/'fit.py'
     script.write_text(textwrap.dedent('''
         import sys, torch
@@ -50,9 +57,11 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
         from attn_diversity.learner import prune_learner, save_vit
         from attn_diversity.resume import fit_saved
         set_seed(0)
-        dls = digits_dls(32, batch_size=30, augment=False) # 359 validation digits: the last batch of 29 is no equal share
+        # 359 validation digits: the last batch of 29 is no equal share
+        dls = digits_dls(32, batch_size=30, augment=False)
         def place(a): return torch.arange(a.shape[-1], dtype=torch.float32).expand(len(a), -1)
-        learn = prune_learner(dls, 'vit_tiny_patch16_224', place, .5, fuse=False, pretrained=False, lr=1e-3, patch_size=8, embed_dim=48, depth=4, num_heads=3)
+        learn = prune_learner(dls, 'vit_tiny_patch16_224', place, .5, fuse=False, pretrained=False, lr=1e-3,
+                              patch_size=8, embed_dim=48, depth=4, num_heads=3)
         learn.model.double()
         class Double(Callback):
             order = 15
@@ -66,7 +75,8 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path):
     assert {f.name for f in tmp_path.glob('two.*')}=={'two.0-of-2','two.1-of-2'}
     one,two = history(tmp_path/'one'),history(tmp_path/'two')
     np.testing.assert_allclose(two, one, rtol=1e-6) # what the columns, in float32, can tell
-    for a,b in zip(*(load_file(tmp_path/n/'model.safetensors').values() for n in ('one','two'))): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    for a,b in zip(weights(tmp_path/'one'), weights(tmp_path/'two'), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     speed = [pd.read_csv(tmp_path/n/'history.csv') for n in ('one','two')]
     for s in speed: # images of all processes, over the seconds of the epoch: an upper bound of either clock
         assert (s['img/s']*s.seconds >= 1430*.5).all(), s
@@ -76,7 +86,9 @@ def test_the_command_in_two_processes(tmp_path):
     assert said.count('photographs to train on')==1 and said.count('accuracy 0.')==1 # one of them speaks
     info = json.loads((tmp_path/'run'/'model.json').read_text())['info']
     assert info['processes']==2 and info['batch_size']==32
-    said = start(*accelerate, '-m', 'attn_diversity', 'train', *small, '--out', tmp_path/'odd', '--epochs', 1, '--batch_size', 33).communicate()[0]
+    p = start(*accelerate, '-m', 'attn_diversity', 'train', *small, '--out', tmp_path/'odd', '--epochs', 1,
+              '--batch_size', 33)
+    said = p.communicate()[0]
     assert 'cannot be shared equally by 2 processes' in said
 
 def test_kill_in_the_middle_of_an_epoch_then_resume(whole, tmp_path):
@@ -116,13 +128,15 @@ def test_twenty_kills_lose_nothing_but_the_epoch_under_way(tmp_path):
         from fastai.torch_core import set_seed
         from attn_diversity.data import digits_dls
         from attn_diversity.learner import prune_learner, save_vit
-        from attn_diversity.resume import _checkpoints, fit_saved
+        from attn_diversity.resume import saved_checkpoints, fit_saved
         out = Path(sys.argv[1])
         def child(folder, resume):
             pid = os.fork()
             if pid: return pid
             set_seed(0)
-            learn = prune_learner(digits_dls(16, batch_size=64), 'vit_tiny_patch16_224', method='evit', keep_rate=.5, pretrained=False, lr=1e-3, patch_size=4, embed_dim=48, depth=4, num_heads=3, ema=.9)
+            learn = prune_learner(digits_dls(16, batch_size=64), 'vit_tiny_patch16_224', method='evit',
+                                  keep_rate=.5, pretrained=False, lr=1e-3, patch_size=4, embed_dim=48,
+                                  depth=4, num_heads=3, ema=.9)
             with learn.no_bar(), learn.no_logging(): fit_saved(learn, 12, folder, resume=resume)
             save_vit(learn, folder)
             os._exit(0)
@@ -133,7 +147,7 @@ def test_twenty_kills_lose_nothing_but_the_epoch_under_way(tmp_path):
             time.sleep(rng.uniform(.05, 1.5))
             os.kill(pid, signal.SIGKILL)
             if os.WIFSIGNALED(os.waitpid(pid, 0)[1]): kills += 1
-            saved = max((n for n,*_ in _checkpoints(out/'run'/'checkpoints')), default=0)
+            saved = max((n for n,*_ in saved_checkpoints(out/'run'/'checkpoints')), default=0)
             assert saved>=done, (saved, done) # no epoch that was saved is ever lost
             done = saved
             print(kills, 'kills,', done, 'epochs')
@@ -146,7 +160,8 @@ def test_twenty_kills_lose_nothing_but_the_epoch_under_way(tmp_path):
 
 def test_two_workers_share_a_sweep(tmp_path):
     "Each run of Table 2 is done once, by one of them"
-    args = ['sweep','--table',2,'--data','digits','--out',tmp_path/'runs','--epochs',1,'--base_epochs',1,'--batch_size',128]
+    args = ['sweep','--table',2,'--data','digits','--out',tmp_path/'runs','--epochs',1,'--base_epochs',1,
+            '--batch_size',128]
     workers = [start(sys.executable, '-m', 'attn_diversity', *args) for _ in range(2)]
     said = [finish(w) for w in workers]
     for run in ('variance-0.6-fused','medad-0.6-fused','evit-0.6-fused','tome','base'):
