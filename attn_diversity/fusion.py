@@ -8,17 +8,22 @@ __all__ = ['TEMPERATURES', 'fusion_weights', 'fuse_tokens', 'get_temperature']
 # %% ../nbs/02_fusion.ipynb #cac8c2ab
 import math
 from numbers import Real
+import torch
 from torch import Tensor
 from .indicators import INDICATORS
 
 # %% ../nbs/02_fusion.ipynb #eb4e1d4a
 def fusion_weights(
-    scores:Tensor, # scores of the pruned patches [B, P]
+    scores:Tensor, # scores of the pruned patches [B, P]; -inf for one that must not count
     temperature:float=1., # tau of eq. 8, in the unit of the scores; `inf` is a plain average
     raw:bool=False # EViT's: the scores themselves, not normalised
 )->Tensor: # [B, P], float32; each row sums to 1 unless `raw`
     "How much each pruned patch counts in the fusion token"
-    return scores.float() if raw else (scores.float()/temperature).softmax(-1)
+    scores = scores.float()
+    if raw: return scores.nan_to_num(0., 0., 0.)
+    top = scores.amax(-1, keepdim=True)
+    less = ((scores-top)/temperature).masked_fill(scores==-torch.inf, -torch.inf)
+    return less.masked_fill(top==-torch.inf, 0.).softmax(-1) # where none counts, all count the same
 
 def fuse_tokens(
     x:Tensor, # pruned tokens [B, P, C]
@@ -37,10 +42,12 @@ def get_temperature(
     temperature, # tau of eq. 8: a positive number, or `None` for the indicator's default
     indicator # the callable that scores the patches
 )->float: # in the unit of the scores
-    "The temperature, checked; by default that of the indicator in `TEMPERATURES`, its own `temperature` attribute, or a plain average"
+    "The temperature, checked; by default that in `TEMPERATURES`, the indicator's own `temperature`, or a plain average"
     if temperature is None:
-        named = [TEMPERATURES[n] for n,f in INDICATORS.items() if f is indicator and n in TEMPERATURES]
+        named = [TEMPERATURES[n] for n,f in INDICATORS.items()
+                 if f is indicator and n in TEMPERATURES]
         return named[0] if named else getattr(indicator, 'temperature', math.inf)
     if not isinstance(temperature, Real) or not temperature>0:
-        raise ValueError(f"temperature={temperature!r}: it must be a number above 0 (inf for a plain average), or None for the indicator's default.")
+        raise ValueError(f"temperature={temperature!r}: it must be a number above 0 (inf for a plain average), "
+                         "or None for the indicator's default.")
     return float(temperature)
