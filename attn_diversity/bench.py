@@ -12,7 +12,7 @@ from torch import nn
 from .indicators import get_indicator
 from .measure import count_flops, peak_memory, throughput, training_throughput
 from .overlap import overlap_patches
-from .pruning import _keep_rates, indicator_name, prune_vit
+from .pruning import checked_rate, indicator_name, prune_vit
 
 # %% ../nbs/07b_bench.ipynb #d242c4dd
 def speed_table(
@@ -54,7 +54,7 @@ def benchmark(
     **kwargs # for `throughput`: seconds, amp, channels_last, compile
 )->pd.DataFrame: # a row a model and setting; `.attrs` says how it was measured
     "Pruned ViTs timed in turn with timm's unpruned one: gain and realised saving"
-    archs,rates,indicators = _list(archs),_keep_rates(_list(keep_rates), len(_list(keep_rates))),[get_indicator(i) for i in _list(indicators)]
+    archs,rates,indicators = _list(archs),[checked_rate(r) for r in _list(keep_rates)],[get_indicator(i) for i in _list(indicators)]
     for a in archs:
         if not timm.is_model(a): raise ValueError(f"timm has no model '{a}'. Similar: {', '.join(timm.list_models('*'+a.split('_')[0]+'*')[:8]) or 'none'}; timm.list_models() lists all.")
     try: device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')); torch.empty(0, device=device)

@@ -15,7 +15,8 @@ from fvcore.nn import FlopCountAnalysis
 from timm.layers import Attention
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from .pruning import _plain
+from .reduce import evaluating
+from timm.utils.model import unwrap_model
 
 # %% ../nbs/07_measure.ipynb #0e4802e9
 class Measured(float):
@@ -45,13 +46,6 @@ def _images(model, n, img_size=None): # n images of noise as the model takes the
     own = torch.Generator().manual_seed(0) # measuring must not draw from the random numbers of a training
     return torch.randn(n, cfg.get('input_size', (3,))[0], *size, generator=own).to(p.device, p.dtype)
 
-@contextmanager
-def _evaluating(model): # in eval mode, and each module as it was afterwards
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try: yield
-    finally:
-        for m in training: m.training = True
 
 # %% ../nbs/07_measure.ipynb #c39231b2
 def _sdpa(inputs, outputs): # what fvcore lacks: both products of attention, one a multiply-add
@@ -80,9 +74,9 @@ def count_flops(
     img_size=None # side of the images in pixels, or (height, width); default the model's own
 )->Measured: # GFLOPs of one image; `.parts` by part of the model
     "GFLOPs by fvcore's convention: one multiply-add counts 1, a LayerNorm 5 a value, softmax and GELU 0"
-    model = _plain(model)
+    model = unwrap_model(model)
     x = _images(model, 1, img_size)
-    with _evaluating(model), _fused(model), torch.no_grad():
+    with evaluating(model), _fused(model), torch.no_grad():
         count = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
         count.set_op_handle('aten::scaled_dot_product_attention', _sdpa, 'aten::sum', _sum)
         found = count.by_module_and_operator()
@@ -145,7 +139,7 @@ def _run(model, x, amp=None, compile=False, training=False): # one batch as a fu
 @contextmanager
 def _ready(model, training, channels_last=False): # the model to measure: itself in eval mode, or a copy
     if not training and not channels_last:
-        with _evaluating(model): yield model
+        with evaluating(model): yield model
     else:
         net = copy.deepcopy(model)
         if channels_last: net = net.to(memory_format=torch.channels_last)
@@ -159,7 +153,7 @@ def _speed(models, batch_size, img_size, seconds, amp, channels_last, compile, t
     if isinstance(compile, str) and compile not in torch._inductor.list_mode_options(): raise ValueError(f"compile={compile!r}: it must be True, False or a mode of torch.compile: {', '.join(torch._inductor.list_mode_options())}.")
     many = models if isinstance(models, dict) else {'': models}
     if not many: raise ValueError("models={}: give a model, or a dict of at least one.")
-    many = {n: _plain(m) for n,m in many.items()}
+    many = {n: unwrap_model(m) for n,m in many.items()}
     x = _images(next(iter(many.values())), batch_size, img_size) # checks the values
     device,dtype = x.device,x.dtype
     while True:
@@ -224,7 +218,7 @@ def peak_memory(
     amp:str=None # autocast to 'bfloat16' or 'float16'
 )->Measured: # MB (10^6 bytes); `.parts`: what stays (weights, in training the optimiser's state), and what comes and goes
     "Peak memory that tensors take while a batch goes through a model"
-    model = _plain(model)
+    model = unwrap_model(model)
     x = _images(model, batch_size, img_size)
     with _ready(model, training) as net:
         run,stay = _run(net, x, amp, False, training)

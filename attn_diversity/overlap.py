@@ -11,7 +11,7 @@ from torch import nn
 from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
 from timm.layers.format import Format, nchw_to
 from timm.models.vision_transformer import VisionTransformer
-from .pruning import LaterBlock, PrunedBlock
+from .reduce import reducers_of
 
 # %% ../nbs/04_overlap.ipynb #876c9f2a
 def _grid(size, patch, stride): # patches along each side of images of that size
@@ -49,7 +49,7 @@ def overlap_patches(
     kind,embed = type(model).__name__,getattr(model, 'patch_embed', None)
     if not isinstance(model, VisionTransformer) or type(embed) not in (PatchEmbed, OverlapPatchEmbed):
         raise TypeError(f"Cannot let the patches of a {kind}{f' with {type(embed).__name__}' if embed is not None else ''} overlap: a timm VisionTransformer with a PatchEmbed is needed. (Overlap before torch.compile and before wrapping.)")
-    if any(isinstance(b, (PrunedBlock, LaterBlock)) for b in model.blocks): raise ValueError("This model is pruned already: call overlap_patches before prune_vit, or unprune_vit(model) first.")
+    if reducers_of(model, needed=False): raise ValueError("This model is pruned already: call overlap_patches before prune_vit, or unprune_vit(model) first.")
     patch,now = embed.patch_size,embed.proj.stride
     if not isinstance(stride, Integral) or isinstance(stride, bool) or not 1<=stride<=min(patch): raise ValueError(f"stride={stride!r}: it must be a whole number from 1 to the patch size of {min(patch)} pixels.")
     if type(embed) is PatchEmbed and now!=patch: raise ValueError(f"The stride of this patch embedding was set to {now[0]} by hand: set model.patch_embed.proj.stride back to {patch}, and leave the rest to overlap_patches.")
