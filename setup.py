@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=['='])
 config.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = config['DEFAULT']
-statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+statuses = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature',
+            '7 - Inactive']
 
 setup(
     name=cfg['lib_name'],
@@ -19,12 +20,14 @@ setup(
     license='Apache-2.0',
     url=cfg['git_url'],
     keywords=cfg['keywords'],
-    classifiers=[f"Development Status :: {statuses[int(cfg['status'])-1]}", 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
-                 'Natural Language :: English', 'Programming Language :: Python :: 3'],
+    classifiers=[f"Development Status :: {statuses[int(cfg['status'])-1]}", 'Intended Audience :: Developers',
+                 'Intended Audience :: Science/Research', 'Natural Language :: English',
+                 'Programming Language :: Python :: 3'],
     packages=find_packages(include=['attn_diversity', 'attn_diversity.*']),
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'hf': cfg['hf_requirements'].split()},
+    entry_points={'console_scripts': cfg['console_scripts'].split(),
+                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

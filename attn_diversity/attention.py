@@ -27,7 +27,7 @@ def example_vit(
         try: model,trained = timm.create_model('deit_small_patch16_224', pretrained=True),True
         except Exception as e: # whatever the hub client raises without a network
             warnings.warn(f"SKIPPED trained weights: {weights} is not a file and timm's hub did not answer "
-                          f"({type(e).__name__}); using random ones.")
+                          f"({type(e).__name__}); using random ones.", stacklevel=2)
             model,trained = timm.create_model('deit_small_patch16_224'),False
     model.trained = trained
     return model.eval().requires_grad_(False)
@@ -47,13 +47,14 @@ def class_attention(
         row = row.masked_fill(~mask, -torch.inf) if mask.dtype==torch.bool else row + mask
     return row.softmax(-1)
 
-# %% ../nbs/00_attention.ipynb #c233d8ee
+# %% ../nbs/00_attention.ipynb #d1b31bb1
 def no_autocast(
     x:Tensor # anything [...] on the device in question
 ): # a context: autocast off, where it is on; else nothing, so that nothing of it ends up in an exported graph
     "Float32 stays float32"
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = kind!='meta' and torch.is_autocast_enabled(kind) # the meta device knows of no autocast
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 def received_attention(
     q:Tensor, # queries [B, H, N, D]

@@ -8,6 +8,7 @@ __all__ = ['speed_table', 'benchmark', 'plot_speed']
 # %% ../nbs/07b_bench.ipynb #160f757d
 import copy
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
+from fastcore.basics import listify
 from torch import nn
 from .indicators import get_indicator
 from .measure import count_flops, peak_memory, throughput, training_throughput
@@ -30,16 +31,38 @@ def speed_table(
     for n,s in speed.items():
         gain = np.median(np.divide(speed[base].seconds, s.seconds))
         n_images = s.about['batch_size']
-        rows.append({'model': n, 'batch size': n_images, 'image size': s.about['img_size'], 'GFLOPs': float(flops[n]), 'images/s': float(s), 'slowest': n_images/max(s.seconds), 'fastest': n_images/min(s.seconds),
-                     'gain': gain, 'realised saving': gain*flops[n]/flops[base],
-                     'peak MB': float(peak_memory(models[n], n_images, img_size, training, kwargs.get('amp')))})
+        memory = peak_memory(models[n], n_images, img_size, training, kwargs.get('amp'))
+        rows.append({'model': n, 'batch size': n_images, 'image size': s.about['img_size'], 'GFLOPs': float(flops[n]),
+                     'images/s': float(s), 'slowest': n_images/max(s.seconds), 'fastest': n_images/min(s.seconds),
+                     'gain': gain, 'realised saving': gain*flops[n]/flops[base], 'peak MB': float(memory)})
     table = pd.DataFrame(rows)
-    table.attrs = dict(training=training, baseline=base, **{k: v for k,v in speed[base].about.items() if k not in ('batch_size','img_size','range')})
+    about = {k: v for k,v in speed[base].about.items() if k not in ('batch_size','img_size','range')}
+    table.attrs = dict(training=training, baseline=base, **about)
     return table
 
 # %% ../nbs/07b_bench.ipynb #d2664aaa
-def _list(v): # one value or several -> list
-    return list(v) if isinstance(v, (list,tuple)) else [v]
+def _variants(arch, size, rates, indicators, fuse, stride, device):
+    "({name: model}, [(indicator, keep rate)]): the unpruned ViT and the pruned ones, which share its weights"
+    try: vit = timm.create_model(arch, img_size=size, num_classes=100).eval().to(device)
+    except (TypeError, AssertionError) as e:
+        raise ValueError(f"timm could not create {arch} at {size} px ({str(e)[:200]}). Is it a ViT, and does the patch "
+                         "size divide the image size?") from e
+    models,settings = {'unpruned': vit},[('none',1.)]
+    for indicator in indicators:
+        for rate in rates:
+            twin = copy.deepcopy(vit, {id(p): p for p in vit.parameters()}) # of its own, with the same weights
+            if stride is not None: twin = overlap_patches(twin, stride)
+            name = indicator_name(indicator)
+            models[f'{name} {rate:g}'] = prune_vit(twin, rate, indicator, fuse=fuse)
+            settings.append((name, rate))
+    return models, settings
+
+def _checked_device(device): # the GPU where there is one, or what was asked for, if it is there
+    device = str(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        there = ', and cuda' if torch.cuda.is_available() else '; torch sees no GPU'
+        raise ValueError(f"device={device!r} is not there: 'cpu' is{there}.") from e
 
 def benchmark(
     archs='deit_small_patch16_224', # timm ViTs by name, one or several
@@ -54,31 +77,46 @@ def benchmark(
     **kwargs # for `throughput`: seconds, amp, channels_last, compile
 )->pd.DataFrame: # a row a model and setting; `.attrs` says how it was measured
     "Pruned ViTs timed in turn with timm's unpruned one: gain and realised saving"
-    archs,rates,indicators = _list(archs),[checked_rate(r) for r in _list(keep_rates)],[get_indicator(i) for i in _list(indicators)]
+    archs,rates = listify(archs),[checked_rate(r) for r in listify(keep_rates)]
+    indicators,device = [get_indicator(i) for i in listify(indicators)],_checked_device(device)
     for a in archs:
-        if not timm.is_model(a): raise ValueError(f"timm has no model '{a}'. Similar: {', '.join(timm.list_models('*'+a.split('_')[0]+'*')[:8]) or 'none'}; timm.list_models() lists all.")
-    try: device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')); torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device={str(device)!r} is not there: 'cpu' is{', and cuda' if torch.cuda.is_available() else '; torch sees no GPU'}.") from e
+        if not timm.is_model(a):
+            similar = ', '.join(timm.list_models('*'+a.split('_')[0]+'*')[:8]) or 'none'
+            raise ValueError(f"timm has no model '{a}'. Similar: {similar}; timm.list_models() lists all.")
     tables = []
-    for arch in archs:
-        for size in _list(img_sizes):
-            try: vit = timm.create_model(arch, img_size=size, num_classes=100).eval().to(device)
-            except (TypeError, AssertionError) as e: raise ValueError(f"timm could not create {arch} at {size} px ({str(e)[:200]}). Is it a VisionTransformer, and does the patch size divide the image size?") from e
-            models,settings = {'unpruned': vit},[('none',1.)]
-            for indicator in indicators:
-                for rate in rates:
-                    shared = copy.deepcopy(vit, {id(p): p for p in vit.parameters()}) # a model of its own, with the same weights
-                    if stride is not None: shared = overlap_patches(shared, stride)
-                    models[f'{indicator_name(indicator)} {rate:g}'] = prune_vit(shared, rate, indicator, fuse=fuse)
-                    settings.append((indicator_name(indicator), rate))
-            for batch in _list(batch_sizes):
-                t = speed_table(models, batch, training=training, **kwargs)
-                t.insert(0, 'arch', arch)
-                t.insert(1, 'indicator', [i for i,_ in settings]); t.insert(2, 'keep rate', [r for _,r in settings])
-                tables.append(t.drop(columns='model'))
+    for arch,size in [(a,s) for a in archs for s in listify(img_sizes)]:
+        models,settings = _variants(arch, size, rates, indicators, fuse, stride, device)
+        for batch in listify(batch_sizes):
+            t = speed_table(models, batch, training=training, **kwargs)
+            t.insert(0, 'arch', arch)
+            t.insert(1, 'indicator', [i for i,_ in settings])
+            t.insert(2, 'keep rate', [r for _,r in settings])
+            tables.append(t.drop(columns='model'))
     table = pd.concat(tables, ignore_index=True)
     table.attrs = dict(tables[0].attrs, fuse=fuse, stride=stride or 'patch size')
     return table
+
+# %% ../nbs/07b_bench.ipynb #d2664aab
+_COLOURS = dict(variance='#0072B2', medad='#D55E00', mean='#56B4E9', random='#999999') # as METHODS has them
+_OTHERS = ('#009E73','#CC79A7','#E69F00','#8C564B') # for indicators of one's own
+
+def _plot_group(ax, title, t): # one model, image size and batch size
+    base = t[t.indicator=='none'].iloc[0]
+    g,others = np.linspace(t.GFLOPs.min(), t.GFLOPs.max(), 50),iter(_OTHERS)
+    ax.plot(g, base['images/s']*base.GFLOPs/g, '--', color='grey', label='in proportion')
+    ax.plot(base.GFLOPs, base['images/s'], 's', color='black', label='unpruned')
+    for (name,p),marker in zip(t[t.indicator!='none'].groupby('indicator', sort=False), 'o^vDPX*'):
+        bars = [p['images/s']-p.slowest, p.fastest-p['images/s']]
+        colour = _COLOURS.get(name) or next(others, '#8C564B')
+        ax.errorbar(p.GFLOPs, p['images/s'], bars, marker=marker, color=colour, lw=1, capsize=2, label=name)
+        for _,r in p.iterrows():
+            ax.annotate(f"{r['keep rate']:g}", (r.GFLOPs, r['images/s']), textcoords='offset points', xytext=(6,5),
+                        fontsize=8)
+    ax.set_xlabel('GFLOPs')
+    ax.set_ylabel('images/s')
+    ax.set_title(title, fontsize=9)
+    ax.legend(fontsize=8)
+    ax.grid(alpha=.3)
 
 def plot_speed(
     table:pd.DataFrame, # what `benchmark` returned
@@ -88,15 +126,7 @@ def plot_speed(
     groups = list(table.groupby(['arch','image size','batch size'], sort=False))
     if axs is None: _,axs = plt.subplots(1, len(groups), figsize=(4.8*len(groups), 3.8), squeeze=False)
     axs = np.asarray(axs).reshape(-1)
-    for ax,((arch,size,batch),t) in zip(axs, groups):
-        base = t[t.indicator=='none'].iloc[0]
-        g = np.linspace(t.GFLOPs.min(), t.GFLOPs.max(), 50)
-        ax.plot(g, base['images/s']*base.GFLOPs/g, '--', color='grey', label='in proportion')
-        ax.plot(base.GFLOPs, base['images/s'], 's', color='black', label='unpruned')
-        for (name,p),marker,c in zip(t[t.indicator!='none'].groupby('indicator', sort=False), 'o^vDP', ('#0072B2','#D55E00','#009E73','#CC79A7','#E69F00')):
-            ax.errorbar(p.GFLOPs, p['images/s'], [p['images/s']-p.slowest, p.fastest-p['images/s']], marker=marker, color=c, lw=1, capsize=2, label=name)
-            for _,r in p.iterrows(): ax.annotate(f"{r['keep rate']:g}", (r.GFLOPs, r['images/s']), textcoords='offset points', xytext=(6,5), fontsize=8)
-        ax.set_xlabel('GFLOPs'); ax.set_ylabel('images/s'); ax.set_title(f'{arch}, {size}, batch {batch}', fontsize=9); ax.legend(fontsize=8); ax.grid(alpha=.3)
+    for ax,((arch,size,batch),t) in zip(axs, groups): _plot_group(ax, f'{arch}, {size}, batch {batch}', t)
     fig = axs[0].figure
     fig.tight_layout()
     return fig

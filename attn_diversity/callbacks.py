@@ -10,8 +10,9 @@ import math, time, warnings
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib
-from .measure import _plain, count_flops
-from .pruning import _pruned, set_keep_rate
+from timm.utils.model import unwrap_model
+from .measure import count_flops
+from .reduce import Reducer, reducers_of, set_rate
 
 # %% ../nbs/09_callbacks.ipynb #b38c67e1
 class ColumnCallback(Callback):
@@ -20,7 +21,8 @@ class ColumnCallback(Callback):
     def before_fit(self):
         names = list(self.recorder.metric_names)
         at = len(names) - (names[-1]=='time')
-        self.recorder.metric_names = type(self.recorder.metric_names)(names[:at] + list(self.columns) + names[at:])
+        names[at:at] = self.columns
+        self.recorder.metric_names = type(self.recorder.metric_names)(names)
     def before_epoch(self): self.trained = False
     def before_train(self): self.trained = True
     def after_validate(self):
@@ -33,13 +35,15 @@ class FlopsCallback(ColumnCallback):
     def before_fit(self):
         super().before_fit()
         self.found,self.size = {},None
-        embed = getattr(_plain(self.model), 'patch_embed', None)
-        if getattr(embed, 'strict_img_size', False) and not hasattr(self, 'gather_preds'): self._count(embed.img_size)
+        embed = getattr(unwrap_model(self.model), 'patch_embed', None)
+        fixed = getattr(embed, 'strict_img_size', False)
+        if fixed and not hasattr(self, 'gather_preds'): self._count(embed.img_size)
     def _count(self, size):
         self.size = size
-        key = tuple(vars(b)[k] for b in _plain(self.model).modules() for k in ('keep_rate','share','r') if k in vars(b)) # what can change on the way, of any method
-        if key not in self.found: self.found[key] = float(count_flops(self.model, size))
-        return self.found[key]
+        reducers = (m for m in self.model.modules() if isinstance(m, Reducer))
+        rates = tuple(getattr(r, r.knob) for r in reducers) # what can change on the way
+        if rates not in self.found: self.found[rates] = float(count_flops(self.model, size))
+        return self.found[rates]
     def before_batch(self):
         if self.size is None: self._count(tuple(self.xb[0].shape[-2:]))
     def values(self): return [self._count(self.size)]
@@ -48,7 +52,7 @@ class FlopsCallback(ColumnCallback):
 _STARVED = .2 # share of an epoch spent waiting for data from which on ThroughputCallback warns
 
 class ThroughputCallback(ColumnCallback):
-    "The columns `img/s` and `valid img/s`, of compute alone, and `data s`: seconds of the epoch spent waiting for data; a warning where that is much"
+    "The columns `img/s` and `valid img/s`, of compute alone, and `data s`: seconds of waiting for data, with a warning"
     columns = ('img/s','valid img/s','data s')
     def _mark(self):
         if next(self.model.parameters()).device.type!='cuda': return time.perf_counter()
@@ -62,16 +66,26 @@ class ThroughputCallback(ColumnCallback):
         gaps = [a.elapsed_time(b)/1e3 if cuda else b-a for a,b in zip(self.marks, self.marks[1:])]
         return self.images*max(1, num_distrib()), sum(gaps[1::2]), sum(gaps[0::2]), sum(gaps[:1])
     def _warn(self): # of a device that waits for its workers
-        wait,compute = (sum(f(*d) for d in self.done.values()) for f in (lambda n,c,w,first: w-first, lambda n,c,w,first: c))
+        wait = sum(waiting-first for _,_,waiting,first in self.done.values())
+        whole = wait + sum(compute for _,compute,_,_ in self.done.values())
         device,dl = next(self.model.parameters()).device.type,self.dls.train
         workers = getattr(getattr(dl, 'fake_l', dl), 'num_workers', 0) # fastai keeps the number there
-        if self.warned or (device=='cpu' and not workers) or wait<=_STARVED*(wait+compute): return
+        same_cores = device=='cpu' and not workers
+        if self.warned or same_cores or wait<=_STARVED*whole: return
         self.warned = True
-        warnings.warn(f"Epoch {self.epoch}: the {device} waited for data for {wait:.1f} of {wait+compute:.1f} seconds (the first batches, for which workers start, not counted). "
-                      f"More worker processes (n_workers=, now {workers}) or photographs made small once (prepare) keep it busy; a faster model does not.")
-    def before_fit(self): super().before_fit(); self.warned = False
-    def before_epoch(self): super().before_epoch(); self.done = {}
-    def before_train(self): super().before_train(); self._start()
+        warnings.warn(
+            f"Epoch {self.epoch}: the {device} waited for data for {wait:.1f} of {whole:.1f} seconds (the first "
+            f"batches, for which workers start, not counted). More worker processes (n_workers=, now {workers}) "
+            "or photographs made small once (prepare) keep it busy; a faster model does not.", stacklevel=2)
+    def before_fit(self):
+        super().before_fit()
+        self.warned = False
+    def before_epoch(self):
+        super().before_epoch()
+        self.done = {}
+    def before_train(self):
+        super().before_train()
+        self._start()
     def before_validate(self): self._start()
     def before_batch(self): self.marks.append(self._mark())
     def after_batch(self):
@@ -95,23 +109,32 @@ class KeepRateSchedule(Callback):
         end:float=0.5, # part of the training at which it reaches the base rate
         validate_base:bool=True # validate with the base rate; else with the scheduled one
     ):
-        if not 0<=start<end<=1: raise ValueError(f"start={start!r}, end={end!r}: parts of the training, 0 <= start < end <= 1.")
-        self.start,self.end,self.validate_base,self.base,self.last,self.rates = start,end,validate_base,None,None,[] # rates: the first stage's, batch by batch
+        if not 0<=start<end<=1:
+            raise ValueError(f"start={start!r}, end={end!r}: parts of the training, 0 <= start < end <= 1.")
+        self.start,self.end,self.validate_base = start,end,validate_base
+        self.base,self.last,self.rates = None,None,[] # rates: the first stage's, batch by batch
         self.fresh,self.loaded = False,False
 
-    def _rates(self): return [b.keep_rate for b in _pruned(_plain(self.model)).values()]
-    def _set(self, rates): self.last = rates; set_keep_rate(_plain(self.model), rates)
+    def _rates(self):
+        reducers = reducers_of(self.model).values()
+        if other := [r for r in reducers if r.knob!='keep_rate']:
+            raise ValueError(f"KeepRateSchedule: {type(other[0]).__name__} has no keep rate, but {other[0].knob}. "
+                             "It is for models that prune.")
+        return [r.keep_rate for r in reducers]
+    def _set(self, rates):
+        self.last = rates
+        set_rate(self.model, rates)
     def _scheduled(self):
         p = min(1., max(0., (self.pct_train-self.start)/(self.end-self.start)))
         return [r + (1-r)*(1+math.cos(math.pi*p))/2 for r in self.base]
+
     def before_fit(self):
-        if self.base is None or self._rates()!=self.last: self.base = self._rates() # else a fit was interrupted and left a scheduled rate behind
+        # else a fit was interrupted and left a scheduled rate behind
+        if self.base is None or self._rates()!=self.last: self.base = self._rates()
         self.fresh = True # so far this may be a mere validation
     def before_train(self):
         if self.fresh and not self.loaded: self.rates = []
         self.fresh = self.loaded = False
-    def state_dict(self): return dict(rates=list(self.rates)) # for a checkpoint (`10c_resume`); all else follows from the model and the place in the training
-    def load_state_dict(self, state): self.rates,self.loaded = list(state['rates']),True # before or in the `before_fit` of the fit that goes on
     def before_batch(self):
         if not self.training: return
         self._set(self._scheduled())
@@ -119,3 +142,8 @@ class KeepRateSchedule(Callback):
     def before_validate(self):
         if self.validate_base: self._set(self.base)
     def after_fit(self): self._set(self.base)
+
+    # for a checkpoint (`10c_resume`); all else follows from the model and the place in the training
+    def state_dict(self): return dict(rates=list(self.rates))
+    def load_state_dict(self, state): # before or in the `before_fit` of the fit that goes on
+        self.rates,self.loaded = list(state['rates']),True

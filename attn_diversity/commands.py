@@ -12,20 +12,21 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from fastcore.script import call_parse
+from timm.models import VisionTransformer
+from timm.utils.model import unwrap_model
 from .bench import benchmark, plot_speed
 from .callbacks import FlopsCallback, ThroughputCallback
 from .data import IMAGENET100, digits_dls
 from .distributed import join_processes
-from .dynamicvit import dynamic_tokens
 from .experiments import check_outside, demo_vit, find_dls, report, run_table
-from .indicators import get_indicator
-from .learner import RECIPES, load_vit, prune_learner, save_vit
-from .measure import _plain
+from .families import find_vit
+from .learner import chosen_method, find_recipe, load_vit, prune_learner, save_vit
+from .methods import METHODS, method_config, reduce_vit
 from .prepare import prepare
-from .pruning import _keep_rates, stage_tokens
-from .resume import _checkpoints, fit_saved
-from .tome import block_tokens
-from .vis import show_stages
+from .pruning import checked_rate
+from .reduce import reducers_of, token_counts, trace_records
+from .resume import fit_saved, saved_checkpoints
+from .vis import patch_layout, show_stages
 
 # %% ../nbs/14_commands.ipynb #ecec5a07
 def _is_command(name): return Path(sys.argv[0]).stem==name # typed in a shell, not called from Python
@@ -40,21 +41,70 @@ def _plain_errors(name): # for a command, not for a call from Python
         if not _is_command(name): raise
         sys.exit(130)
 
-def _seconds_an_epoch(learn, epochs, fit, **kw): # runs `fit` and returns wall seconds an epoch, validation included
-    start = time.perf_counter()
-    fit(epochs, **kw)
-    return (time.perf_counter()-start)/epochs
-
 def _free_folder(out, overwrite, files): # the folder; without `overwrite` it must hold none of the files
     out = Path(out).expanduser()
     if out.is_file(): raise NotADirectoryError(f"{out} is a file: give a folder for the results.")
     there = [f for f in files if (out/f).exists()]
-    if there and not overwrite: raise FileExistsError(f"{out} already holds {', '.join(there)}: choose another --out, or pass --overwrite to replace them.")
+    if there and not overwrite:
+        raise FileExistsError(f"{out} already holds {', '.join(there)}: choose another --out, "
+                              "or pass --overwrite to replace them.")
     return out
 
+def _save_figure(fig, path):
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
 # %% ../nbs/14_commands.ipynb #fe8b0fa8
-_TOKENS = dict(evit=stage_tokens, random=stage_tokens, tome=block_tokens, dynamicvit=dynamic_tokens) # how many are left
 _RESULTS = ['model.safetensors','model.json','history.csv','kept_patches.png']
+
+def _check_method(indicator, method, compile, settings): # as the tool would, before it has read anything
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method={method!r}: take one of {', '.join(METHODS)}.")
+    toy = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=4, num_heads=1)
+    reduce_vit(toy, chosen_method(indicator, method, compile), **settings)
+
+def _training_folder(out, resume, overwrite): # checked; nothing is written yet
+    out = Path(out).expanduser()
+    if resume and overwrite:
+        raise ValueError("resume goes on with what is there, overwrite begins anew: give one of them.")
+    if saved_checkpoints(out/'checkpoints') and not (resume or overwrite):
+        raise FileExistsError(f"{out} holds a training that was interrupted: go on with it by --resume, "
+                              "replace it by --overwrite, or choose another --out.")
+    _free_folder(out, overwrite or resume, _RESULTS)
+    if resume and (out/'model.json').exists():
+        raise FileExistsError(f"The training in {out} is finished. Choose another --out, or --overwrite to train anew.")
+    return out
+
+def _clear(out): # of results of a former training
+    old = [f for *_,f in saved_checkpoints(out/'checkpoints')]
+    for f in [*old, *(out/n for n in _RESULTS), *(out/'best'/n for n in _RESULTS[:2])]: f.unlink(missing_ok=True)
+
+def _tokens(learn): # how many are left, in words
+    model = unwrap_model(learn.model)
+    if not reducers_of(model, needed=False): return 'all tokens, unpruned'
+    n = find_vit(model).facts.n_patches
+    if n is None: # of a model for images of any size
+        x = learn.dls.one_batch()[0].as_subclass(torch.Tensor)[:1]
+        n = next(iter(trace_records(model.to(x.device), x).values())).n
+    return ' -> '.join(map(str, token_counts(model, n)))+f" tokens, by {method_config(model)['method']}"
+
+def _draw_kept(learn, path): # on four validation photographs, where something can be drawn
+    model,dls = unwrap_model(learn.model),learn.dls
+    x,y = (t.as_subclass(torch.Tensor)[:4] for t in dls.valid.new(shuffle=True).one_batch())
+    if not reducers_of(model, needed=False): return
+    try: patch_layout(model, tuple(x.shape[-2:]))
+    except TypeError: return # nobody knows where its patches are
+    _save_figure(show_stages(model, x, titles=[dls.vocab[int(c)] for c in y]), path)
+
+def _finish(learn, out, result): # weights, picture; checkpoints have done their work
+    save_vit(learn, out, **result)
+    _draw_kept(learn, out/'kept_patches.png')
+    for *_,f in saved_checkpoints(out/'checkpoints'): f.unlink()
+    if (out/'checkpoints').is_dir() and not any((out/'checkpoints').iterdir()): (out/'checkpoints').rmdir()
+    best = f"best {result['best_accuracy']:.4f} in epoch {result['best_epoch']}, in {out/'best'}"
+    print(f"accuracy {result['accuracy']:.4f} after {result['epochs']} epochs ({best}), "
+          f"{result['seconds_an_epoch']:.1f} s an epoch. "
+          f"In {out}: {', '.join(f for f in _RESULTS if (out/f).exists())}")
 
 @call_parse
 def train(
@@ -63,10 +113,10 @@ def train(
     checkpoint:str=None, # weights: a safetensors or .pth file; default timm's hub
     scratch:bool=False, # start from random weights
     img_size:int=224, # side of the images, in pixels
-    indicator:str='variance', # mean, variance or medad
-    method:str=None, # instead of an indicator: evit, tome, dynamicvit or random
-    keep_rate:float=0.7, # share of the tokens each stage keeps, in (0, 1]; 1 prunes nothing
-    r:int=13, # tome: tokens that each block merges away
+    indicator:str=None, # mean, variance or medad; default variance
+    method:str=None, # instead of an indicator: evit, tome, dynamicvit, random or none
+    keep_rate:float=None, # share of the tokens each stage keeps, in (0, 1]; 1 prunes nothing; default 0.7
+    r:int=None, # tome: tokens that each block merges away; default 13
     no_fuse:bool=False, # drop pruned patches instead of fusing them
     temperature:float=None, # tau of eq. 8; default the indicator's own
     stride:int=None, # step of overlapping patches, in pixels; default the patch size: none overlap
@@ -87,44 +137,41 @@ def train(
     resume:bool=False, # go on where the training in that folder was
     overwrite:bool=False # replace results that are there already
 ):
-    "Prune a timm ViT, fine-tune it on a folder of photographs, and save it"
+    "Make a timm ViT cheaper, fine-tune it on a folder of photographs, and save it"
     with _plain_errors('attn_diversity_train'):
-        _keep_rates(keep_rate, 1); get_indicator(indicator)
-        if method not in (None, *_TOKENS): raise ValueError(f"method={method!r}: take one of {', '.join(_TOKENS)}. An indicator goes into indicator, and keep_rate=1 prunes nothing.")
-        if recipe not in RECIPES: raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
-        epochs,batch_size = (RECIPES[recipe][k] if v is None else v for k,v in (('epochs',epochs),('batch_size',batch_size)))
-        if epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
-        if resume and overwrite: raise ValueError("resume goes on with what is there, overwrite begins anew: give one of them.")
-        out = Path(out).expanduser()
-        if _checkpoints(out/'checkpoints') and not (resume or overwrite): raise FileExistsError(f"{out} holds a training that was interrupted: go on with it by --resume, replace it by --overwrite, or choose another --out.")
-        _free_folder(out, overwrite or resume, _RESULTS)
-        if resume and (out/'model.json').exists(): raise FileExistsError(f"The training in {out} is finished. Choose another --out, or --overwrite to train anew.")
+        settings = dict(keep_rate=keep_rate, r=r, fuse=False if no_fuse else None, temperature=temperature)
+        _check_method(indicator, method, compile, settings)
+        how = find_recipe(recipe).but(epochs=epochs, batch_size=batch_size)
+        if how.epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
+        out = _training_folder(out, resume, overwrite)
         join_processes() # each takes its GPU before the data ask for one
         first = not rank_distrib() # speaks and writes for all processes
         check_outside(out, path)
-        dls = find_dls(path, img_size, batch_size, seed, valid_pct, n_workers)
-        if first: print(f"{len(dls.train_ds)} photographs to train on, {len(dls.valid_ds)} to validate, {len(dls.vocab)} classes: {', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}")
+        dls = find_dls(path, img_size, how.batch_size, seed, valid_pct, n_workers)
+        if first:
+            classes = f"{', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}"
+            print(f"{len(dls.train_ds)} photographs to train on, {len(dls.valid_ds)} to validate, "
+                  f"{len(dls.vocab)} classes: {classes}")
         set_seed(seed)
-        learn = prune_learner(dls, arch, indicator, keep_rate, method=method, r=r, fuse=not no_fuse, temperature=temperature, stride=stride, pretrained=not scratch, checkpoint=checkpoint, recipe=recipe, lr=lr, wd=wd, ema=ema,
-                              teacher=None if teacher is None else load_vit(teacher), amp=None if amp=='none' else amp, compile=compile, path=out, **(dict(drop_path_rate=drop_path) if drop_path else {}))
+        learn = prune_learner(dls, arch, indicator, method=method, stride=stride, pretrained=not scratch,
+                              checkpoint=checkpoint, recipe=recipe, lr=lr, wd=wd, ema=ema,
+                              teacher=None if teacher is None else load_vit(teacher), compile=compile, path=out,
+                              amp=None if amp=='none' else amp, **settings,
+                              **(dict(drop_path_rate=drop_path) if drop_path else {}))
         if first: # only now: a mistake leaves nothing behind
             out.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for f in [*(f for *_,f in _checkpoints(out/'checkpoints')), *(out/n for n in _RESULTS), *(out/'best'/n for n in _RESULTS[:2])]: f.unlink(missing_ok=True)
-            print(f"{arch}: {' -> '.join(map(str, _TOKENS.get(method, stage_tokens)(_plain(learn.model))))} tokens, by {method or indicator}")
+            if overwrite: _clear(out)
+            print(f"{arch}: {_tokens(learn)}")
         if num_distrib()>1: torch.distributed.barrier() # nobody looks into the folder before it is in order
         set_seed(seed) # the same random numbers, however many the weights needed
-        result = fit_saved(learn, epochs, out, resume=resume, cbs=[FlopsCallback(), ThroughputCallback()], seed=seed)
+        columns = [FlopsCallback(), ThroughputCallback()]
+        result = fit_saved(learn, how.epochs, out, resume=resume, cbs=columns, seed=seed)
     if not first: return
-    history = pd.read_csv(out/'history.csv')
-    result.update(epochs=epochs, seconds_an_epoch=round(float(history.seconds.mean()), 2), train_photographs=len(dls.train_ds), valid_photographs=len(dls.valid_ds), seed=seed, batch_size=batch_size, processes=max(1, num_distrib()), device=str(dls.device), **learn.settings)
-    save_vit(learn, out, **result)
-    x,y = dls.valid.new(shuffle=True).one_batch()
-    fig = show_stages(_plain(learn.model), x[:4], titles=[dls.vocab[int(c)] for c in y[:4]])
-    fig.savefig(out/'kept_patches.png', dpi=100); plt.close(fig)
-    for *_,f in _checkpoints(out/'checkpoints'): f.unlink() # finished: the weights are in model.safetensors and best/
-    if (out/'checkpoints').is_dir() and not any((out/'checkpoints').iterdir()): (out/'checkpoints').rmdir()
-    print(f"accuracy {result['accuracy']:.4f} after {epochs} epochs (best {result['best_accuracy']:.4f} in epoch {result['best_epoch']}, in {out/'best'}), {result['seconds_an_epoch']:.1f} s an epoch. In {out}: {', '.join(_RESULTS)}")
+    seconds = float(pd.read_csv(out/'history.csv').seconds.mean())
+    result.update(epochs=how.epochs, seconds_an_epoch=round(seconds, 2), train_photographs=len(dls.train_ds),
+                  valid_photographs=len(dls.valid_ds), seed=seed, batch_size=how.batch_size,
+                  processes=max(1, num_distrib()), device=str(dls.device), **learn.settings)
+    _finish(learn, out, result)
     if not _is_command('attn_diversity_train'): return result # a shell would take it for an exit status
 
 # %% ../nbs/14_commands.ipynb #5eb982ad
@@ -138,7 +185,9 @@ def prepare_command(
     imagenet100:bool=False # of an ImageNet-1k tree, only the classes of ImageNet-100
 ):
     "Copy a tree of images, resized, so that loading keeps up; the same command goes on after an interruption"
-    with _plain_errors('attn_diversity_prepare'): result = prepare(path, out, short_side, n_workers, quality, IMAGENET100 if imagenet100 else None)
+    classes = IMAGENET100 if imagenet100 else None
+    with _plain_errors('attn_diversity_prepare'):
+        result = prepare(path, out, short_side, n_workers, quality, classes)
     if not _is_command('attn_diversity_prepare'): return result
 
 # %% ../nbs/14_commands.ipynb #8a61c88f
@@ -161,11 +210,15 @@ def sweep(
     ema:float=None # decay of averaged weights, such as 0.9998; default none
 ):
     "Train every row of a table of the paper that is not done, and write the report"
+    more = dict(pretrained=False) if scratch else {}
+    if ema is not None: more['ema'] = ema
     with _plain_errors('attn_diversity_sweep'):
-        state = run_table(table, data, out, epochs, recipe, arch, checkpoint, img_size, batch_size, lr, seed, n_workers, base_epochs, **(dict(pretrained=False) if scratch else {}), **({} if ema is None else dict(ema=ema)))
+        state = run_table(table, data, out, epochs, recipe, arch, checkpoint, img_size, batch_size, lr, seed,
+                          n_workers, base_epochs, **more)
         report(table, out)
     print(state.to_string(index=False))
-    print(f"{(state.state=='done').sum()} of {len(state)} runs are done. Written: {', '.join(str(Path(out)/f'table-{table}.{s}') for s in ('html','csv','png'))}")
+    written = ', '.join(str(Path(out)/f'table-{table}.{s}') for s in ('html','csv','png'))
+    print(f"{(state.state=='done').sum()} of {len(state)} runs are done. Written: {written}")
     if not _is_command('attn_diversity_sweep'): return state
     if (state.state=='failed').any(): sys.exit(1)
 
@@ -182,7 +235,9 @@ def report_command(
 # %% ../nbs/14_commands.ipynb #2b5c1341
 def _several(name, text, kind=str): # '0.9,0.7' -> [.9,.7]
     try: return [kind(t.strip()) for t in str(text).split(',')]
-    except ValueError: raise ValueError(f"{name}={text!r}: give {dict(float='numbers', int='whole numbers')[kind.__name__]} separated by commas.") from None
+    except ValueError:
+        wanted = dict(float='numbers', int='whole numbers')[kind.__name__]
+        raise ValueError(f"{name}={text!r}: give {wanted} separated by commas.") from None
 
 @call_parse
 def bench(
@@ -204,21 +259,30 @@ def bench(
 ):
     "Time pruned ViTs, in turn with timm's unpruned one"
     with _plain_errors('attn_diversity_bench'):
-        out = _free_folder(out, overwrite, ['bench.csv','bench.json','bench.png'])
-        grid = (_several('archs', archs), _several('keep_rates', keep_rates, float), _several('indicators', indicators), _several('batch_sizes', batch_sizes, int), _several('img_sizes', img_sizes, int))
-        table = benchmark(*grid, fuse=not no_fuse, stride=stride, training=train, device=device, seconds=seconds, amp=amp, channels_last=channels_last, compile=True if compile=='default' else compile or False)
+        files = ['bench.csv','bench.json','bench.png']
+        out = _free_folder(out, overwrite, files)
+        table = benchmark(_several('archs', archs), _several('keep_rates', keep_rates, float),
+                          _several('indicators', indicators), _several('batch_sizes', batch_sizes, int),
+                          _several('img_sizes', img_sizes, int), fuse=not no_fuse, stride=stride, training=train,
+                          device=device, seconds=seconds, amp=amp, channels_last=channels_last,
+                          compile=True if compile=='default' else compile or False)
         out.mkdir(parents=True, exist_ok=True)
     about = dict(table.attrs, python=platform.python_version(), system=f'{platform.system()} {platform.machine()}')
+    rows = json.loads(table.to_json(orient='records'))
     table.to_csv(out/'bench.csv', index=False)
-    (out/'bench.json').write_text(json.dumps(dict(about=about, rows=json.loads(table.to_json(orient='records'))), indent=2)+'\n')
-    fig = plot_speed(table)
-    fig.savefig(out/'bench.png', dpi=100); plt.close(fig)
+    (out/'bench.json').write_text(json.dumps(dict(about=about, rows=rows), indent=2)+'\n')
+    _save_figure(plot_speed(table), out/'bench.png')
     print(', '.join(f'{k.replace("_"," ")} {v}' for k,v in about.items()))
     print(table.to_string(index=False, float_format='{:.2f}'.format))
-    print(f"Written: {out/'bench.csv'}, {out/'bench.json'}, {out/'bench.png'}")
+    print(f"Written: {', '.join(str(out/f) for f in files)}")
     if not _is_command('attn_diversity_bench'): return table # a shell would take it for an exit status
 
 # %% ../nbs/14_commands.ipynb #ece3e22d
+def _timed(learn, epochs, fit, **kw): # runs `fit` and returns wall seconds an epoch, validation included
+    start = time.perf_counter()
+    fit(epochs, **kw)
+    return (time.perf_counter()-start)/epochs
+
 @call_parse
 def demo(
     keep_rate:float=0.7, # share of the tokens each stage keeps, in (0, 1]
@@ -229,28 +293,32 @@ def demo(
 ):
     "Train a small ViT on handwritten digits, prune it by variance and by MedAD, fine-tune it, and compare"
     with _plain_errors('attn_diversity_demo'):
-        _keep_rates(keep_rate, 1)
-        if epochs<1 or tune_epochs<1: raise ValueError(f"epochs={epochs}, tune_epochs={tune_epochs}: at least 1 of each is needed.")
+        checked_rate(keep_rate)
+        if epochs<1 or tune_epochs<1:
+            raise ValueError(f"epochs={epochs}, tune_epochs={tune_epochs}: at least 1 of each is needed.")
         out = Path(out).expanduser()
         out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     set_seed(seed)
     dls = digits_dls(batch_size=32, seed=seed)
     learn = demo_vit(dls=dls)
-    print(f"1. Training the unpruned ViT: 12 blocks, 6 heads, {learn.model.patch_embed.num_patches} patches, {len(dls.train_ds)} digits, {epochs} epochs")
-    seconds = _seconds_an_epoch(learn, epochs, learn.fit_one_cycle, pct_start=.2)
+    n = learn.model.patch_embed.num_patches
+    print(f"1. Training the unpruned ViT: 12 blocks, 6 heads, {n} patches, {len(dls.train_ds)} digits, {epochs} epochs")
+    seconds = _timed(learn, epochs, learn.fit_one_cycle, pct_start=.2)
     weights,accuracy,rows,pruned = copy.deepcopy(learn.model.state_dict()),learn.recorder.values[-1][-1],[],{}
     def row(indicator, rate, before): # the table's line for the learner that was trained last
-        rows.append({'indicator': indicator, 'keep rate': rate, 'tokens by stage': ' '.join(map(str, stage_tokens(learn.model))), 'accuracy pruned': before,
+        tokens = ' '.join(map(str, token_counts(learn.model)))
+        rows.append({'indicator': indicator, 'keep rate': rate, 'tokens by stage': tokens, 'accuracy pruned': before,
                      'accuracy fine-tuned': learn.recorder.values[-1][-1], 'seconds an epoch': seconds})
     row('none', 1., accuracy)
     for i,indicator in enumerate(('variance','medad'), 2):
         learn = demo_vit(indicator, keep_rate, dls)
         learn.model.load_state_dict(weights)
         with learn.no_bar(): before = learn.validate()[-1]
-        print(f"{i}. Pruned by {indicator}, keep rate {keep_rate:g}: accuracy {before:.4f}. Fine-tuning, {tune_epochs} epochs")
+        print(f"{i}. Pruned by {indicator}, keep rate {keep_rate:g}: accuracy {before:.4f}. "
+              f"Fine-tuning, {tune_epochs} epochs")
         set_seed(seed)
-        seconds = _seconds_an_epoch(learn, tune_epochs, learn.fit, lr=3e-4)
+        seconds = _timed(learn, tune_epochs, learn.fit, lr=3e-4)
         row(indicator, keep_rate, before)
         pruned[indicator] = learn.model
     table = pd.DataFrame(rows)
@@ -258,7 +326,10 @@ def demo(
     x = dls.valid.one_batch()[0][:3]
     fig,axs = plt.subplots(6, 4, figsize=(7,11))
     for k,(name,model) in enumerate(pruned.items()): show_stages(model, x, titles=[name]*3, axs=axs[3*k:3*k+3])
-    fig.savefig(out/'kept_patches.png', dpi=100); plt.close(fig)
-    print('\n' + table.to_string(index=False, formatters={c: '{:.4f}'.format for c in table if c.startswith('accuracy')} | {'seconds an epoch': '{:.1f}'.format}))
-    print(f"\nIn {time.perf_counter()-start:.0f} s on {dls.device}, {torch.get_num_threads()} threads. Written: {out/'results.csv'}, {out/'kept_patches.png'}")
+    _save_figure(fig, out/'kept_patches.png')
+    formats = {c: '{:.4f}'.format for c in table if c.startswith('accuracy')}
+    formats['seconds an epoch'] = '{:.1f}'.format
+    print('\n' + table.to_string(index=False, formatters=formats))
+    print(f"\nIn {time.perf_counter()-start:.0f} s on {dls.device}, {torch.get_num_threads()} threads. "
+          f"Written: {out/'results.csv'}, {out/'kept_patches.png'}")
     if not _is_command('attn_diversity_demo'): return table # a shell would take it for an exit status

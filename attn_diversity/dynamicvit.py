@@ -6,7 +6,8 @@
 __all__ = ['Predictor', 'floor_count', 'Predict', 'dynamic_vit', 'decisions', 'ratio_loss', 'token_loss']
 
 # %% ../nbs/06_dynamicvit.ipynb #a6db3858
-import math, torch
+import math
+import torch
 import torch.nn.functional as F
 from contextlib import contextmanager
 from torch import Tensor, nn
@@ -23,15 +24,17 @@ class Predictor(nn.Module):
     ):
         super().__init__()
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.out = nn.Sequential(nn.Linear(dim, dim//2), nn.GELU(), nn.Linear(dim//2, dim//4), nn.GELU(), nn.Linear(dim//4, 2))
+        self.out = nn.Sequential(nn.Linear(dim, dim//2), nn.GELU(), nn.Linear(dim//2, dim//4), nn.GELU(),
+                                 nn.Linear(dim//4, 2))
 
     def forward(self,
         x:Tensor, # patch tokens [B, N, C]
         kept:Tensor # decisions so far [B, N]: 1 kept, 0 dropped
     )->Tensor: # [B, N, 2] in float32: log-probabilities of dropping and of keeping
+        "Each patch by itself, and against the mean of those that are there"
         local,u = self.embed(x).chunk(2, -1)
         w = kept.unsqueeze(-1)
-        whole = (u*w).sum(1, keepdim=True)/w.sum(1, keepdim=True).clamp(min=1) # an image of which nothing is left must not become NaN
+        whole = (u*w).sum(1, keepdim=True)/w.sum(1, keepdim=True).clamp(min=1) # 0, not NaN, where nothing is left
         z = torch.cat([local, whole.to(local.dtype).expand(-1, x.shape[1], -1)], -1)
         return self.out(z).float().log_softmax(-1)
 
@@ -57,7 +60,7 @@ class Predict(Reducer):
         self.held = (predictor,) # its parameters are the model's
 
     @property
-    def share(self): return math.prod(r.keep_rate for r in (*self.earlier, self)) # of all patches
+    def share(self): return math.prod([r.keep_rate for r in (*self.earlier, self)]) # of all patches
     def checked(self, value): return checked_rate(value)
     def kept(self, n, start): return min(n, floor_count(start, self.share))
     def works(self, n, start): return self.training or super().works(n, start)
@@ -67,44 +70,52 @@ class Predict(Reducer):
 
     def forward(self, x, record, heard, mask):
         patches = x[:,record.n_prefix:]
-        seen = patches.new_ones(patches.shape[:2], dtype=torch.float32) if mask is None else _seen(mask, record.n_prefix, patches)
+        seen = _seen(mask, record.n_prefix, patches)
         if self.training: # 1 kept, 0 dropped, former stages included
             former = seen if record.keep is None else record.keep
             return F.gumbel_softmax(self.held[0](patches, former), hard=True)[...,1]*former
         keep = self.held[0](patches, seen)[...,1].masked_fill(seen==0, -torch.inf)
         return Reduction(keep.argsort(1, descending=True)[:,:self.kept(patches.shape[1], record.n)])
 
-def _seen(mask, n_prefix, patches): # which patches the first row sees: 1 or 0, [B, n]
-    row = (mask[:,:,0,n_prefix:]>torch.finfo(mask.dtype).min).any(1)
+def _seen(mask, n_prefix, patches): # 1 for a patch that the first token sees, or another patch where none is in front
+    if mask is None: return patches.new_ones(patches.shape[:2], dtype=torch.float32)
+    visible = (mask>torch.finfo(mask.dtype).min).any(1)
+    if n_prefix or visible.shape[1]==1: row = visible[:,0,n_prefix:]
+    else: row = (visible & ~torch.eye(visible.shape[1], dtype=torch.bool, device=mask.device)).any(1)
     return row.expand(*patches.shape[:2]).float()
 
+# %% ../nbs/06_dynamicvit.ipynb #395ba550
 def dynamic_vit(
     model:nn.Module, # a ViT of timm, transformers or open_clip
-    keep_rate:float=0.7, # share of the patches that one stage keeps of those it gets, in (0, 1]; one number or one a stage
+    keep_rate:float=0.7, # share of the patches a stage keeps of those it gets, in (0, 1]; one number or one a stage
     blocks=None # indexes of the blocks with a predictor; default the quarter points of the depth
 )->nn.Module: # the same model, with new `predictors`
     "Make a DynamicViT of a ViT, in place"
     blocks = block_ids(model, blocks)
     rates = [checked_rate(r) for r in one_each(keep_rate, len(blocks), 'keep_rate', 'blocks with a predictor')]
-    like = next(p for p in find_vit(model).blocks.parameters() if p.dim()>1)
-    dim = next(m.normalized_shape[0] for m in find_vit(model).blocks.modules() if hasattr(m, 'normalized_shape'))
-    predictors,stages = nn.ModuleList(Predictor(dim) for _ in blocks).to(like).train(model.training),{}
-    for i,rate,predictor in sorted(zip(blocks, rates, predictors), key=lambda t: t[0]):
-        stages[i] = Predict(rate, predictor, tuple(stages.values()))
-        stages[i].train(model.training)
+    parts = find_vit(model).blocks
+    like = next(p for p in parts.parameters() if p.dim()>1)
+    predictors = nn.ModuleList(Predictor(_width(parts[0])) for _ in blocks).to(like).train(model.training)
+    stages = {}
+    for (i,rate),predictor in zip(sorted(zip(blocks, rates)), predictors):
+        stages[i] = Predict(rate, predictor, stages.values()).train(model.training)
     insert_reducers(model, stages)
     model.predictors = predictors
     return model
 
+def _width(block): # C: that of its own norms, not of those within its attention or MLP
+    norms = [(n.count('.'), m) for n,m in block.named_modules() if hasattr(m, 'normalized_shape')]
+    return min(norms, key=lambda f: f[0])[1].normalized_shape[-1]
+
 @contextmanager
 def decisions(
     model:nn.Module # a DynamicViT
-): # a list that fills in each forward in training mode: a tensor a stage [B, N], 1 kept, 0 dropped; with gradients
+): # a list to which each forward in training mode adds a tensor a stage [B, N], 1 kept, 0 dropped; with gradients
     "Hear what the stages of a DynamicViT decide"
     heard,stages = [],reducers_of(model, Predict).values()
     def note(module, args, out):
-        if torch.is_tensor(out): heard.append(out)
-    hooks = [r.register_forward_hook(note) for r in stages]
+        if torch.is_tensor(out): heard.append(out) # at inference it is a Reduction
+    hooks = [s.register_forward_hook(note) for s in stages]
     try: yield heard
     finally:
         for h in hooks: h.remove()
@@ -115,7 +126,10 @@ def ratio_loss(
     shares:list # share of all patches that each stage should leave
 )->Tensor: # a number
     "How far each image's kept fraction is from its target, squared"
-    return torch.stack([(d.mean(1)-s).square().mean() for d,s in zip(kept, shares)]).mean()
+    if len(kept)!=len(shares):
+        raise ValueError(f"{len(kept)} decisions for {len(shares)} stages: those of one forward are needed. A DynamicViT "
+                         "decides in training mode: call model.train(), and open decisions(model) for each forward.")
+    return torch.stack([(d.mean(1)-s).square().sum()/max(len(d), 1) for d,s in zip(kept, shares)]).mean()
 
 def token_loss(
     tokens:Tensor, # the student's final patch tokens [B, N, C]
@@ -123,6 +137,8 @@ def token_loss(
     kept:Tensor # the last stage's decisions [B, N]
 )->Tensor: # a number
     "Mean squared difference of the kept tokens to the teacher's"
-    if tokens.shape!=wanted.shape: raise ValueError(f"The student's tokens are {list(tokens.shape)} and the teacher's {list(wanted.shape)}: the teacher must be the same ViT unpruned, without patch dropout; or pass tokens=0.")
+    if tokens.shape!=wanted.shape:
+        raise ValueError(f"The student's tokens are {list(tokens.shape)} and the teacher's {list(wanted.shape)}: the "
+                         "teacher must be the same ViT unpruned, without patch dropout; or pass tokens=0.")
     kept = kept.detach()
     return ((tokens.float()-wanted.float()).square().mean(-1)*kept).sum()/kept.sum().clamp(min=1)

@@ -16,11 +16,13 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, set_seed
 from fastcore.basics import defaults
 from filelock import FileLock, Timeout
+from timm.utils.model import unwrap_model
 from .callbacks import FlopsCallback, ThroughputCallback
 from .data import IMAGENET100, VALID_NAMES, digits_dls, folder_dls, imagenet100_dls
-from .learner import RECIPES, prune_learner, save_vit
-from .measure import _plain, count_flops, device_name, throughput
-from .methods import _twin, apply_method, match_flops, method_config
+from .families import find_vit
+from .learner import find_recipe, prune_learner, save_vit
+from .measure import count_flops, device_name, throughput
+from .methods import find_method, match_flops, method_config, METHODS, reduce_vit, twin_of
 from .resume import fit_saved
 from .vis import plot_tradeoff
 
@@ -76,14 +78,18 @@ PUBLISHED = pd.read_csv(io.StringIO("""table,method,keep_rate,fuse,stride,top1,g
 3,medad,0.1,True,12,83.86,2.58,2099.2"""))
 
 # %% ../nbs/13_experiments.ipynb #d6d10d70
+def _run_name(r): # of a row
+    if find_method(r.method).knob is None: return 'unpruned'
+    if np.isnan(r.keep_rate): return r.method
+    return f"{r.method}-{r.keep_rate:g}{'-fused' if r.fuse else ''}{'-overlap' if r.stride==12 else ''}"
+
 def table_runs(
     table:int # 1, 2 or 3
 )->pd.DataFrame: # the published rows of that table, with the name of each run
     "What has to be trained for a table of the paper"
     if table not in (1,2,3): raise ValueError(f"table={table!r}: the paper has tables 1, 2 and 3.")
     rows = PUBLISHED[PUBLISHED.table==table].reset_index(drop=True)
-    names = ['unpruned' if r.method=='none' else r.method if r.method=='tome' else f"{r.method}-{r.keep_rate:g}{'-fused' if r.fuse else ''}{'-overlap' if r.stride==12 else ''}" for r in rows.itertuples()]
-    return rows.assign(run=names)
+    return rows.assign(run=[_run_name(r) for r in rows.itertuples()])
 
 # %% ../nbs/13_experiments.ipynb #1ed9a9bf
 _DIGITS = dict(arch='vit_tiny_patch16_224', patch_size=4, embed_dim=96, depth=12, num_heads=6)
@@ -96,8 +102,10 @@ def demo_vit(
 )->Learner: # trains from random weights
     "The demo's ViT, untrained: 12 blocks, 6 heads, 36 patches of a digit"
     dls = digits_dls(batch_size=32) if dls is None else dls
-    learn = prune_learner(dls, indicator=indicator, keep_rate=keep_rate, pretrained=False, **{**_DIGITS, 'lr': 1e-3, **kwargs})
-    # Digits differ by where their strokes are. timm's position embedding (std 0.02) would need epochs to grow out of the patch embedding's shadow.
+    how = {**_DIGITS, 'lr': 1e-3, **kwargs}
+    learn = prune_learner(dls, indicator=indicator, keep_rate=keep_rate, pretrained=False, **how)
+    # Digits differ by where their strokes are. timm's position embedding (std 0.02) would need epochs
+    # to grow out of the patch embedding's shadow.
     torch.nn.init.normal_(learn.model.pos_embed, std=.3)
     return learn
 
@@ -115,8 +123,10 @@ def find_dls(
         dls.train.rng.seed(seed)
         return dls
     path = Path(data).expanduser()
-    if n_workers is None and num_distrib()>1: n_workers = max(1, min(defaults.cpus, 16)//num_distrib()) # the processes share the cores
-    folders = {d.name for pattern in ('*','*/*','*/*/*/*/*') for d in path.glob(pattern)} if path.is_dir() else set() # the last: ILSVRC/Data/CLS-LOC/train
+    if n_workers is None and num_distrib()>1: # the processes share the cores
+        n_workers = max(1, min(defaults.cpus, 16)//num_distrib())
+    places = ('*','*/*','*/*/*/*/*') # the last: ILSVRC/Data/CLS-LOC/train
+    folders = {d.name for place in places for d in path.glob(place)} if path.is_dir() else set()
     make = imagenet100_dls if len(folders & set(IMAGENET100))>=50 else folder_dls
     dls = make(path, img_size=img_size, batch_size=batch_size, n_workers=n_workers, seed=seed, valid_pct=valid_pct)
     dls.train.rng.seed(seed) # of the order; fastai's loader has drawn another
@@ -129,8 +139,22 @@ def check_outside(
     "Refuse a folder for results that lies among the class folders, where it would become a class"
     if str(data)=='digits': return
     out,data = (Path(p).expanduser().resolve() for p in (out, data))
-    for d in [data/n for n in ('train',*VALID_NAMES) if (data/n).is_dir()] if (data/'train').is_dir() else [data]:
-        if out.is_relative_to(d): raise ValueError(f"The folder for results, {out}, lies in the data, {d}, where it would become a class: choose one beside it.")
+    parts = [data/n for n in ('train',*VALID_NAMES) if (data/n).is_dir()]
+    for d in parts if (data/'train').is_dir() else [data]:
+        if out.is_relative_to(d):
+            raise ValueError(f"The folder for results, {out}, lies in the data, {d}, where it would become a class: "
+                             "choose one beside it.")
+
+def _patch_size(arch='deit_small_patch16_224', patch_size=None, **_): # of an architecture by name
+    if patch_size is not None: return patch_size
+    return timm.create_model(arch, pretrained=False, depth=1).patch_embed.patch_size[0]
+
+def _equal_cost(method, dls, **kwargs): # a setting that costs what variance costs at keep rate 0.6, with fusion
+    plain = prune_learner(dls, method='none', **{**kwargs, 'pretrained': False, 'checkpoint': None}).model
+    vit = find_vit(plain)
+    if (len(vit.blocks), vit.facts.n_patches)==(12,196): return {} # as in the paper, the default
+    other = reduce_vit(twin_of(plain), 'variance', keep_rate=.6) # a twin, so that `plain` stays as it is
+    return match_flops(plain, float(count_flops(other)), method)
 
 def row_learner(
     row, # a row of `table_runs`, with method, keep_rate, fuse and stride
@@ -138,20 +162,12 @@ def row_learner(
     **kwargs # for `prune_learner`: arch, checkpoint, recipe, lr ...
 )->Learner: # of the model that the row means
     "The Learner of a row of the paper's tables"
-    method,kw = row.method,{}
-    if method in ('variance','medad'): kw = dict(keep_rate=row.keep_rate, fuse=bool(row.fuse))
-    if method=='evit': kw = dict(keep_rate=row.keep_rate)
-    if method=='none': kw = dict(keep_rate=1.)
-    if method=='tome':
-        plain = prune_learner(dls, method='none', **{**kwargs, 'pretrained': False, 'checkpoint': None}).model
-        # the cost is counted on a twin, so that `plain` stays as it is
-        r = 13 if (len(plain.blocks), plain.patch_embed.num_patches)==(12,196) else match_flops(plain, float(count_flops(apply_method(_twin(plain), 'variance', .6))), 'tome')['r']
-        kw = dict(r=r)
-    if row.stride==12: kw['stride'] = (kwargs.get('patch_size') or _patch_size(kwargs))*3//4
-    return prune_learner(dls, method=method, **kw, **kwargs)
-
-def _patch_size(kwargs): # of an architecture by name
-    return timm.create_model(kwargs.get('arch', 'deit_small_patch16_224'), pretrained=False, depth=1).patch_embed.patch_size[0]
+    method = find_method(row.method)
+    kw = {k: v for k,v in dict(keep_rate=row.keep_rate, fuse=bool(row.fuse)).items()
+          if k in (method.knob, *method.settings)}
+    if np.isnan(row.keep_rate): kw = _equal_cost(row.method, dls, **kwargs)
+    if row.stride==12: kw['stride'] = _patch_size(**kwargs)*3//4
+    return prune_learner(dls, method=row.method, **kw, **kwargs)
 
 # %% ../nbs/13_experiments.ipynb #d05f08c2
 def _write_json(path, what): # all of it or nothing
@@ -164,22 +180,34 @@ def _same_settings(out, settings): # those of the folder, written by the first w
         if not (out/'settings.json').exists(): _write_json(out/'settings.json', settings)
         there = json.loads((out/'settings.json').read_text())
     now = json.loads(json.dumps(settings, default=str))
-    if other := [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in {**there, **now} if there.get(k)!=now.get(k)]:
-        raise ValueError(f"The runs in {out} have other settings ({'; '.join(other)}). Use the same, or another folder.")
+    other = [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now"
+             for k in {**there, **now} if there.get(k)!=now.get(k)]
+    if other:
+        raise ValueError(f"The runs in {out} have other settings ({'; '.join(other)}). "
+                         "Use the same, or another folder.")
 
-def _speed(learn, batch_size): # images/s of the run's model and of the same ViT as timm makes it, in turn; GFLOPs of both
-    model = _plain(learn.model).eval()
-    plain = timm.create_model(learn.recipe['arch'], num_classes=model.num_classes, img_size=learn.recipe['img_size'], **learn.recipe['arch_args'])
+# images/s of the run's model and of the same ViT as timm makes it, in turn; GFLOPs of both
+def _speed(learn, batch_size):
+    model,made = unwrap_model(learn.model).eval(),learn.recipe
+    plain = timm.create_model(made['arch'], num_classes=model.num_classes, img_size=made['img_size'],
+                              **made['arch_args'])
     models = {'': model, 'unpruned_': plain.to(next(model.parameters()).device).eval()}
-    speed = throughput(models, batch_size, seconds=1.)
-    return {k: v for n,m in models.items() for k,v in ((f'{n}images_per_s', float(speed[n])), (f'{n}gflops', float(count_flops(m))))}
+    speed,found = throughput(models, batch_size, seconds=1.),{}
+    for n,m in models.items():
+        found.update({f'{n}images_per_s': float(speed[n]), f'{n}gflops': float(count_flops(m))})
+    return found
 
 def _fit(learn, epochs, folder, seed, *cbs): # with the columns of the tables; result of `fit_saved`, model saved
     set_seed(seed)
     learn.dls.train.rng.seed(seed) # every run sees the images in the same order
-    result = fit_saved(learn, epochs, folder, resume=any(Path(folder).glob('checkpoints/*.pt')), cbs=[FlopsCallback(), ThroughputCallback(), *cbs], seed=seed)
+    begun = any(Path(folder).glob('checkpoints/*.pt'))
+    result = fit_saved(learn, epochs, folder, resume=begun, cbs=[FlopsCallback(), ThroughputCallback(), *cbs], seed=seed)
     save_vit(learn, folder, **result)
     return dict(result, seconds=float(pd.read_csv(folder/'history.csv').seconds.sum()))
+
+def _finish(folder, result): # model.safetensors and best/ hold the weights
+    _write_json(folder/'result.json', result)
+    for f in (folder/'checkpoints').glob('*.pt'): f.unlink()
 
 def _base(out, dls, epochs, seed): # the digits' trained ViT, which all rows start from; made once
     folder = out/'base'
@@ -189,9 +217,9 @@ def _base(out, dls, epochs, seed): # the digits' trained ViT, which all rows sta
             print(f"base: an unpruned ViT on the digits, {epochs} epoch{'s' if epochs>1 else ''}")
             set_seed(seed)
             learn = demo_vit(dls=dls)
-            rising = ParamScheduler({'lr': combined_cos(.2, learn.lr/25, learn.lr, 0.)}) # from random weights a full learning rate at once ends anywhere between 92 and 98%
-            _write_json(folder/'result.json', _fit(learn, epochs, folder, seed, rising))
-            for f in (folder/'checkpoints').glob('*.pt'): f.unlink()
+            # from random weights a full learning rate at once ends anywhere between 92 and 98%
+            rising = ParamScheduler({'lr': combined_cos(.2, learn.lr/25, learn.lr, 0.)})
+            _finish(folder, _fit(learn, epochs, folder, seed, rising))
     return folder/'model.safetensors'
 
 def run_row(
@@ -208,14 +236,31 @@ def run_row(
     set_seed(seed)
     learn = row_learner(row, dls, **kwargs)
     result = _fit(learn, epochs, folder, seed)
-    model = _plain(learn.model)
-    device = next(model.parameters()).device
-    result = dict(run=row.run, **{**result, **_speed(learn, batch_size)}, setting=method_config(model), stride=learn.recipe['stride'], training=learn.settings,
-                  epochs=epochs, seed=seed, train_images=len(dls.train_ds), valid_images=len(dls.valid_ds), classes=len(learn.recipe['classes']),
-                  device=device_name(device), torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__, python=platform.python_version())
-    _write_json(folder/'result.json', result)
-    for f in (folder/'checkpoints').glob('*.pt'): f.unlink() # the run is finished: model.safetensors and best/ hold its weights
+    model = unwrap_model(learn.model)
+    versions = dict(torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__,
+                    python=platform.python_version())
+    data = dict(train_images=len(dls.train_ds), valid_images=len(dls.valid_ds), classes=len(learn.recipe['classes']))
+    result = dict(run=row.run, **{**result, **_speed(learn, batch_size)}, setting=method_config(model),
+                  stride=learn.recipe['stride'], training=learn.settings, epochs=epochs, seed=seed, **data,
+                  device=device_name(next(model.parameters()).device), **versions)
+    _finish(folder, result)
     return result
+
+def _take(row, folder, began, run): # `run` it, if it is there to be taken; whether it was
+    folder.mkdir(exist_ok=True)
+    error = folder/'error.txt'
+    try:
+        with FileLock(folder/'lock', timeout=0):
+            just_failed = error.exists() and error.stat().st_mtime>began # here or at another worker's
+            if (folder/'result.json').exists() or just_failed: return False
+            error.unlink(missing_ok=True)
+            try: run(row, folder)
+            except Exception as e:
+                error.write_text(traceback.format_exc())
+                said = ' '.join(str(e).split())[:300]
+                print(f"{row.run} failed ({said}); see {error}. The others go on.", flush=True)
+            return True
+    except Timeout: return False # another worker has it
 
 def run_table(
     table:int, # 1, 2 or 3
@@ -234,95 +279,118 @@ def run_table(
     **kwargs # for `prune_learner`, such as ema, compile, drop_path_rate
 )->pd.DataFrame: # a line a run: its state, as `sweep_state` says
     "Every row of a table that is not done, one after the other; several workers can share the folder"
-    if num_distrib()>1: raise ValueError("A sweep is one process a GPU: start the same command once for each, with its own CUDA_VISIBLE_DEVICES, and the same folder.")
+    if num_distrib()>1:
+        raise ValueError("A sweep is one process a GPU: start the same command once for each, with its own "
+                         "CUDA_VISIBLE_DEVICES, and the same folder.")
     runs,digits = table_runs(table),data=='digits'
     recipe = recipe or ('quick' if digits else 'paper')
-    if recipe not in RECIPES: raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
-    epochs = (4 if digits else RECIPES[recipe]['epochs']) if epochs is None else epochs
-    batch_size = RECIPES[recipe]['batch_size'] if batch_size is None else batch_size
-    if epochs<1 or base_epochs<1: raise ValueError(f"epochs={epochs}, base_epochs={base_epochs}: at least 1 of each is needed.")
+    usual = find_recipe(recipe)
+    if epochs is None: epochs = 4 if digits else usual.epochs
+    batch_size = usual.batch_size if batch_size is None else batch_size
+    if min(epochs, base_epochs)<1:
+        raise ValueError(f"epochs={epochs}, base_epochs={base_epochs}: at least 1 of each is needed.")
     check_outside(out, data)
     dls = find_dls(data, 24 if digits else img_size, batch_size, seed, n_workers=n_workers)
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    settings = dict(data='digits' if digits else str(Path(data).expanduser().resolve()), epochs=epochs, recipe=recipe, arch='digits' if digits else arch, checkpoint=None if checkpoint is None else str(Path(checkpoint).expanduser().resolve()), img_size=None if digits else img_size,
-                    batch_size=batch_size, lr=lr, seed=seed, base_epochs=base_epochs if digits else None, **kwargs)
-    _same_settings(out, settings)
-    if digits: how = dict(_DIGITS, recipe=recipe, lr=3e-4 if lr is None else lr, checkpoint=_base(out, dls, base_epochs, seed), **kwargs)
-    else: how = dict(arch=arch, recipe=recipe, lr=lr, checkpoint=checkpoint, **kwargs)
-    began,busy = time.time(),True
-    while busy: # again until nothing is left to take: another worker may have died meanwhile
-        busy = False
-        for i,row in enumerate(runs.itertuples(index=False)):
-            folder = out/row.run
-            folder.mkdir(exist_ok=True)
-            error = folder/'error.txt'
-            try:
-                with FileLock(folder/'lock', timeout=0):
-                    if (folder/'result.json').exists() or (error.exists() and error.stat().st_mtime>began): continue # done, or failed just now, here or at another worker's
-                    error.unlink(missing_ok=True)
-                    busy = True
-                    print(f"{i+1} of {len(runs)}: {row.run}", flush=True)
-                    try: run_row(row, folder, dls, epochs, seed, batch_size, **how)
-                    except Exception as e:
-                        error.write_text(traceback.format_exc())
-                        print(f"{row.run} failed ({' '.join(str(e).split())[:300]}); see {error}. The others go on.", flush=True)
-            except Timeout: pass # another worker has it
+    absolute = lambda p: None if p is None else str(Path(p).expanduser().resolve())
+    about = (dict(data='digits', arch='digits', img_size=None, base_epochs=base_epochs) if digits else
+             dict(data=absolute(data), arch=arch, img_size=img_size, base_epochs=None))
+    _same_settings(out, dict(about, epochs=epochs, recipe=recipe, checkpoint=absolute(checkpoint),
+                             batch_size=batch_size, lr=lr, seed=seed, **kwargs))
+    how = dict(arch=arch, checkpoint=checkpoint, lr=lr)
+    if digits: how = dict(_DIGITS, checkpoint=_base(out, dls, base_epochs, seed), lr=3e-4 if lr is None else lr)
+    def run(row, folder):
+        print(f"{list(runs.run).index(row.run)+1} of {len(runs)}: {row.run}", flush=True)
+        run_row(row, folder, dls, epochs, seed, batch_size, recipe=recipe, **how, **kwargs)
+    began = time.time()
+    # again until nothing is left to take: another worker may have died meanwhile
+    while any([_take(row, out/row.run, began, run) for row in runs.itertuples(index=False)]): pass
     return sweep_state(table, out)
+
+def _state(folder): # of a run
+    if (folder/'result.json').exists(): return 'done'
+    if (folder/'error.txt').exists(): return 'failed'
+    if not folder.is_dir(): return 'open'
+    try:
+        with FileLock(folder/'lock', timeout=0):
+            return 'stopped' if any(folder.glob('checkpoints/*.pt')) else 'open'
+    except Timeout: return 'running'
 
 def sweep_state(
     table:int, # 1, 2 or 3
     out # folder of the runs
 )->pd.DataFrame: # a line a run
     "How far a table is: 'done', 'failed', 'running' (by some worker), 'stopped' (to be resumed) or 'open'"
-    states = []
-    for run in table_runs(table).run:
-        folder = Path(out).expanduser()/run
-        state = 'done' if (folder/'result.json').exists() else 'failed' if (folder/'error.txt').exists() else 'open'
-        if state=='open' and folder.is_dir():
-            try:
-                with FileLock(folder/'lock', timeout=0): state = 'stopped' if any(folder.glob('checkpoints/*.pt')) else 'open'
-            except Timeout: state = 'running'
-        states.append(state)
-    return pd.DataFrame(dict(run=table_runs(table).run, state=states))
+    runs = table_runs(table).run
+    return pd.DataFrame(dict(run=runs, state=[_state(Path(out).expanduser()/run) for run in runs]))
 
 # %% ../nbs/13_experiments.ipynb #f5bb5fb0
+def _row_report(r, m, plain, theirs): # a row r of the paper, its result m, the unpruned run's and the paper's unpruned
+    get = lambda k, scale=1: scale*m[k] if k in m else np.nan
+    found = {'model': {'method': r.method, 'keep rate': r.keep_rate, 'fusion': bool(r.fuse), 'overlap': r.stride==12},
+             'accuracy, %': {'published': r.top1, 'best epoch': get('best_accuracy', 100),
+                             'last epoch': get('accuracy', 100)}}
+    less = get('best_accuracy', 100)-100*plain['best_accuracy'] if plain else np.nan
+    pairs = {'minus unpruned': (r.top1-theirs.top1, less), 'GFLOPs': (r.gflops, get('gflops')),
+             'share of unpruned, %': (100*r.gflops/theirs.gflops, get('gflops', 100)/get('unpruned_gflops')),
+             'images/s': (r.images_per_s, get('images_per_s')),
+             'gain': (r.images_per_s/theirs.images_per_s, get('images_per_s')/get('unpruned_images_per_s'))}
+    found.update({k: dict(published=theirs, measured=ours) for k,(theirs,ours) in pairs.items()})
+    return {(k,n): v for k,cells in found.items() for n,v in cells.items()}
+
 def report_table(
     table:int, # 1, 2 or 3
     out # folder of the runs
 )->pd.DataFrame: # a line a row of the table; empty where a run is not done
     "Measured beside published: accuracy, cost and speed, and what of them carries over to other data and devices"
     out = Path(out).expanduser()
-    if not out.is_dir(): raise FileNotFoundError(f"{out} is not there: give the folder of a sweep (attn_diversity_sweep --out).")
-    if not (out/'settings.json').exists(): raise FileNotFoundError(f"{out} holds no sweep: give the folder that attn_diversity_sweep --out named.")
-    read = lambda run: json.loads((out/run/'result.json').read_text()) if (out/run/'result.json').exists() else None
-    plain,theirs,rows = read('unpruned'),PUBLISHED[PUBLISHED.method=='none'].iloc[0],[]
-    for r in table_runs(table).itertuples():
-        m = read(r.run) or {}
-        get = lambda k, scale=1: scale*m[k] if k in m else np.nan
-        rows.append({('model','method'): r.method, ('model','keep rate'): r.keep_rate, ('model','fusion'): bool(r.fuse), ('model','overlap'): r.stride==12,
-                     ('accuracy, %','published'): r.top1, ('accuracy, %','best epoch'): get('best_accuracy', 100), ('accuracy, %','last epoch'): get('accuracy', 100),
-                     ('minus unpruned','published'): r.top1-theirs.top1, ('minus unpruned','measured'): get('best_accuracy', 100)-100*plain['best_accuracy'] if plain else np.nan,
-                     ('GFLOPs','published'): r.gflops, ('GFLOPs','measured'): get('gflops'),
-                     ('share of unpruned, %','published'): 100*r.gflops/theirs.gflops, ('share of unpruned, %','measured'): get('gflops', 100)/get('unpruned_gflops'),
-                     ('images/s','published'): r.images_per_s, ('images/s','measured'): get('images_per_s'),
-                     ('gain','published'): r.images_per_s/theirs.images_per_s, ('gain','measured'): get('images_per_s')/get('unpruned_images_per_s')})
-    table = pd.DataFrame(rows)
+    if not out.is_dir():
+        raise FileNotFoundError(f"{out} is not there: give the folder of a sweep (attn_diversity_sweep --out).")
+    if not (out/'settings.json').exists():
+        raise FileNotFoundError(f"{out} holds no sweep: give the folder that attn_diversity_sweep --out named.")
+    def read(run): return json.loads(f.read_text()) if (f := out/run/'result.json').exists() else {}
+    plain,theirs = read('unpruned'),PUBLISHED[PUBLISHED.method=='none'].iloc[0]
+    table = pd.DataFrame([_row_report(r, read(r.run), plain, theirs) for r in table_runs(table).itertuples()])
     table.columns = pd.MultiIndex.from_tuples(table.columns)
     return table
+
+def _line(model): # of a figure, for a row of the report
+    fused = model['fusion'] and 'fuse' in find_method(model['method']).settings # else there is nothing to say
+    return f"{model['method']}{', fused' if fused else ''}{', overlap' if model['overlap'] else ''}"
 
 def plot_report(
     table:pd.DataFrame # from `report_table`
 )->plt.Figure: # published and measured, side by side
     "Accuracy against images a second, a line a method"
-    flat = lambda y,x: pd.DataFrame({'method': [f"{m['method']}{', fused' if m['fusion'] and m['method'] in ('variance','medad') else ''}{', overlap' if m['overlap'] else ''}" for _,m in table['model'].iterrows()], 'images/s': table['images/s'][x], 'accuracy, %': table['accuracy, %'][y]})
+    lines = [_line(m) for _,m in table['model'].iterrows()]
     fig,axs = plt.subplots(1, 2, figsize=(10,3.8))
-    for ax,title,data in zip(axs, ('published (ImageNet-100, RTX A6000)','measured'), (flat('published','published'), flat('best epoch','measured'))):
+    for ax,title,(y,x) in zip(axs, ('published (ImageNet-100, RTX A6000)','measured'),
+                              (('published','published'), ('best epoch','measured'))):
+        data = {'method': lines, 'images/s': table['images/s'][x], 'accuracy, %': table['accuracy, %'][y]}
+        data = pd.DataFrame(data)
         ax.set_title(title, fontsize=10)
         if data.dropna().empty: ax.text(.5, .5, 'no run is done', ha='center', transform=ax.transAxes)
         else: plot_tradeoff(data, 'images/s', 'accuracy, %', ax=ax)
     fig.tight_layout()
     return fig
+
+def _caption(table, out, data): # of the report
+    runs = set(table_runs(table).run)
+    done = [json.loads(f.read_text()) for f in sorted(out.glob('*/result.json')) if f.parent.name in runs]
+    said = [f"{d['train_images']} training and {d['valid_images']} validation images, {d['epochs']} epochs; "
+            f"{d['device']}, torch {d['torch']}, timm {d['timm']}" for d in done]
+    about = '; '.join(dict.fromkeys(said)) or 'no run is done yet'
+    name = Path(str(json.loads((out/'settings.json').read_text()).get('data', ''))).name
+    if data['minus unpruned','measured'].isna().all():
+        about += "; accuracy minus unpruned needs the run 'unpruned' of Tables 1 and 3"
+    return (f"Table {table} of the paper. Published: DeiT-S on ImageNet-100, RTX A6000. "
+            f"Measured: {f'{name}, ' if name else ''}{about}. {len(done)} of {len(data)} runs are done.")
+
+_DIGITS_OF = {'keep rate': '{:g}', 'GFLOPs': '{:.3g}', 'images/s': '{:.1f}', 'share of unpruned, %': '{:.1f}',
+              'minus unpruned': '{:+.2f}'} # of columns or groups of them; else two behind the point
+_STYLES = {'th': 'text-align: center; padding: 2px 8px', 'td': 'text-align: right; padding: 2px 8px',
+           'tr:nth-child(even)': 'background: #8882', 'caption': 'text-align: left; padding: 4px'}
 
 def report(
     table:int, # 1, 2 or 3
@@ -330,17 +398,13 @@ def report(
 ): # a pandas Styler; `.data` is the table
     "A table of the paper, measured beside published, as styled table, CSV and figure"
     data,out = report_table(table, out),Path(out).expanduser()
-    done = [json.loads(f.read_text()) for f in sorted(out.glob('*/result.json')) if f.parent.name in set(table_runs(table).run)]
-    about = '; '.join(dict.fromkeys(f"{d['train_images']} training and {d['valid_images']} validation images, {d['epochs']} epochs; {d['device']}, torch {d['torch']}, timm {d['timm']}" for d in done)) or 'no run is done yet'
-    settings = json.loads((out/'settings.json').read_text()) if (out/'settings.json').exists() else {}
-    name = Path(str(settings.get('data', ''))).name
-    if data['minus unpruned','measured'].isna().all(): about += "; accuracy minus unpruned needs the run 'unpruned' of Tables 1 and 3"
-    caption = f"Table {table} of the paper. Published: DeiT-S on ImageNet-100, RTX A6000. Measured: {f'{name}, ' if name else ''}{about}. {len(done)} of {len(data)} runs are done."
-    digits = lambda c: '{:g}' if c[1]=='keep rate' else '{:.3g}' if c[0]=='GFLOPs' else '{:.1f}' if c[0] in ('images/s','share of unpruned, %') else '{:+.2f}' if c[0]=='minus unpruned' else '{:.2f}'
-    styled = data.style.hide(axis='index').set_caption(caption).format({c: digits(c) for c in data if data[c].dtype==float}, na_rep='').format(lambda v: 'yes' if v else '', subset=[('model','fusion'),('model','overlap')])
-    styled = styled.set_table_styles([dict(selector='th', props='text-align: center; padding: 2px 8px'), dict(selector='td', props='text-align: right; padding: 2px 8px'), dict(selector='tr:nth-child(even)', props='background: #8882'), dict(selector='caption', props='text-align: left; padding: 4px')])
+    formats = {c: _DIGITS_OF.get(c[1], _DIGITS_OF.get(c[0], '{:.2f}')) for c in data if data[c].dtype==float}
+    styled = data.style.hide(axis='index').set_caption(_caption(table, out, data)).format(formats, na_rep='')
+    styled = styled.format(lambda v: 'yes' if v else '', subset=[('model','fusion'),('model','overlap')])
+    styled = styled.set_table_styles([dict(selector=k, props=v) for k,v in _STYLES.items()])
     (out/f'table-{table}.html').write_text(styled.to_html(), encoding='utf-8')
     data.to_csv(out/f'table-{table}.csv', index=False)
     fig = plot_report(data)
-    fig.savefig(out/f'table-{table}.png', dpi=120); plt.close(fig)
+    fig.savefig(out/f'table-{table}.png', dpi=120)
+    plt.close(fig)
     return styled

@@ -14,34 +14,50 @@ from matplotlib.figure import Figure
 from torch import nn
 from .fusion import get_temperature
 from .indicators import INDICATORS
-from .pruning import _stages, indicator_name, pruning_config
-from .session import EXAMPLES, Session, open_photo, _bytes, _enlarged, _frame, _kept_picture, _score_picture
+from .pruning import indicator_name, Prune
+from .reduce import block_ids, reducers_of
+from .session import (enlarged, EXAMPLES, frame_patch, image_bytes, kept_picture, open_photo,
+                                    score_picture, Session)
 
 # %% ../nbs/12_explorer.ipynb #09fdb90c
 _all_ = ['EXAMPLES', 'open_photo'] # nbdev: importable from here, too, where they were before `attn_diversity.session`
 
 # %% ../nbs/12_explorer.ipynb #f78961f4
 _CSS = """<style>
-.ad-explorer .ad-grid>div {display:grid!important; grid-template-columns:repeat(COLS,1fr); grid-auto-rows:1fr; width:100%; height:100%; margin:0; padding:0}
+.ad-explorer .ad-grid>div {display:grid!important; grid-template-columns:repeat(COLS,1fr); grid-auto-rows:1fr;
+  width:100%; height:100%; margin:0; padding:0}
 .ad-explorer .ad-grid>.widget-label {display:none!important}
-.ad-explorer .ad-grid button {width:auto!important; height:auto!important; min-width:0; min-height:0; margin:0!important; padding:0!important; background:transparent!important; border:none!important; box-shadow:none!important; font-size:0!important; line-height:0!important; cursor:pointer}
+.ad-explorer .ad-grid button {width:auto!important; height:auto!important; min-width:0; min-height:0;
+  margin:0!important; padding:0!important; background:transparent!important; border:none!important;
+  box-shadow:none!important; font-size:0!important; line-height:0!important; cursor:pointer}
 .ad-explorer .ad-grid button:hover {outline:2px solid white; outline-offset:-2px}
 .ad-explorer .ad-grid button:focus-visible {outline:3px dashed white; outline-offset:-3px}
 .ad-explorer table {border-collapse:collapse; font-size:13px; line-height:1.5; margin:0}
-.ad-explorer td,.ad-explorer th {padding:0 10px 0 0; text-align:right; font-weight:normal; border:none; white-space:nowrap; background:none}
+.ad-explorer td,.ad-explorer th {padding:0 10px 0 0; text-align:right; font-weight:normal; border:none;
+  white-space:nowrap; background:none}
 .ad-explorer th {opacity:.65}
 .ad-explorer td.b {text-align:left; min-width:130px}
 .ad-explorer i.b {display:inline-block; height:10px; background:#0072B2; border-radius:2px}
-.ad-explorer .jupyter-widgets-html-content,.ad-explorer .widget-html-content {line-height:1.5!important; font-size:13px}
+.ad-explorer .jupyter-widgets-html-content,.ad-explorer .widget-html-content
+  {line-height:1.5!important; font-size:13px}
 .ad-explorer h4 {margin:0 0 3px 0; font-size:14px}
 .ad-explorer code {font-size:12.5px; user-select:all; white-space:pre-wrap}
 </style>"""
 
 def _bar(share, px=120): return f"<i class='b' style='width:{max(1, round(share*px))}px'></i>"
 
+def _rows(rows): # of a table, as HTML; the bar is a cell of its own class
+    cell = lambda c: f"<td class='b'>{c}</td>" if str(c).startswith('<i') else f"<td>{c}</td>"
+    return ''.join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+
+def _named(settings): # an indicator by its name
+    indicator = settings['indicator']
+    return indicator if isinstance(indicator, str) else indicator_name(indicator)
+
 def _code(settings, default): # the line that makes such a model
-    name = settings['indicator'] if isinstance(settings['indicator'], str) else indicator_name(settings['indicator'])
-    parts = [f"keep_rate={settings['keep_rate']:g}", f'indicator={name!r}' if isinstance(settings['indicator'], str) else f'indicator={name}']
+    name = _named(settings)
+    parts = [f"keep_rate={settings['keep_rate']:g}",
+             f'indicator={name!r}' if isinstance(settings['indicator'], str) else f'indicator={name}']
     if tuple(settings['blocks'])!=tuple(default): parts.append(f"blocks={tuple(settings['blocks'])}")
     if settings['fuse'] is not True: parts.append(f"fuse={settings['fuse']!r}")
     t = settings['temperature']
@@ -49,104 +65,155 @@ def _code(settings, default): # the line that makes such a model
     return f"prune_vit(model, {', '.join(parts)})"
 
 def _numbers(s, out, classes): # tokens a stage, GFLOPs, predictions, as HTML
-    rows = ''.join(f"<tr><td>{'at the start' if j==0 else f'after block {out.stages[j-1].block}'}</td><td>{n}</td><td class='b'>{_bar(n/s.n)}</td></tr>" for j,n in enumerate(out.tokens))
+    where = ['at the start'] + [f'after block {stage.block}' for stage in out.stages]
+    rows = _rows((name, n, _bar(n/s.n)) for name,n in zip(where, out.tokens))
     cos = float(torch.cosine_similarity(out.features, s.unpruned.features, 0))
-    text = f"<h4>Tokens</h4><table>{rows}</table><div style='margin-top:6px'><b>{out.gflops:.2f} GFLOPs</b> of {s.unpruned.gflops:.2f} ({out.gflops/s.unpruned.gflops-1:+.0%})</div><div>features: cosine {cos:.3f} to the unpruned ones</div>"
+    text = (f"<h4>Tokens</h4><table>{rows}</table><div style='margin-top:6px'><b>{out.gflops:.2f} GFLOPs</b> of "
+            f"{s.unpruned.gflops:.2f} ({out.gflops/s.unpruned.gflops-1:+.0%})</div>"
+            f"<div>features: cosine {cos:.3f} to the unpruned ones</div>")
     if out.logits is None: return text
     def said(o): # the three likeliest classes
         p,i = o.logits.softmax(0).topk(min(3, len(o.logits)))
-        return ', '.join(f"{escape(str(classes[c] if classes else f'class {c}'))} {q:.0%}" for q,c in zip(p.tolist(), i.tolist()))
-    return text + f"<div style='margin-top:6px'>pruned: <b>{said(out)}</b></div><div>unpruned: {said(s.unpruned)}</div>"
+        names = [escape(str(classes[c] if classes else f'class {c}')) for c in i.tolist()]
+        return ', '.join(f"{name} {q:.0%}" for q,name in zip(p.tolist(), names))
+    return text + (f"<div style='margin-top:6px'>pruned: <b>{said(out)}</b></div>"
+                   f"<div>unpruned: {said(s.unpruned)}</div>")
+
+def _verdict(w): # on a patch
+    if w.k==w.n: return f"<b>stays</b> at block {w.block}: nothing is pruned"
+    rank = f"rank {w.rank} of {w.n}"
+    if w.stays: return f"<b>stays</b> at block {w.block}: {rank}, the best {w.k} stay"
+    weight = "" if w.weight is None else f". Its weight in the fusion token: {w.weight:.2%}"
+    return f"<b>goes</b> at block {w.block}: {rank}, only the best {w.k} stay{weight}"
 
 def _reasons(s, out, w, patch): # why a patch stays or goes, as HTML
     r,c = divmod(patch, s.grid[1])
-    rank = f"rank {w.rank} of {w.n}"
-    if w.k==w.n: verdict = f"<b>stays</b> at block {w.block}: nothing is pruned"
-    elif w.stays: verdict = f"<b>stays</b> at block {w.block}: {rank}, the best {w.k} stay"
-    else: verdict = f"<b>goes</b> at block {w.block}: {rank}, only the best {w.k} stay" + ("" if w.weight is None else f". Its weight in the fusion token: {w.weight:.2%}")
     a,top = w.attention.tolist(),max(w.attention.max().item(), 1e-30)
-    rows = ''.join(f"<tr><td>{h}</td><td>{v*1e3:.2f}</td><td class='b'>{_bar(v/top)}</td><td>{(v-w.mean)*1e3:+.2f}</td><td>{(v-w.median)*1e3:+.2f}</td></tr>" for h,v in enumerate(a, 1))
-    name = out.settings['indicator'] if isinstance(out.settings['indicator'], str) else indicator_name(out.settings['indicator'])
-    return (f"<h4>Patch {patch} (row {r+1}, column {c+1}) {verdict}</h4><table><tr><th>head</th><th>attention &times; 10&sup3;</th><th></th><th>from the mean</th><th>from the median</th></tr>{rows}</table>"
-            f"<div style='margin-top:6px'>mean {w.mean*1e3:.3f}, median {w.median*1e3:.3f}, MedAD {w.medad*1e3:.3f} (&times; 10&sup3;), variance {w.variance:.2e}. Score by {escape(name)}: {w.score:.3g}</div>")
+    rows = _rows((h, f'{v*1e3:.2f}', _bar(v/top), f'{(v-w.mean)*1e3:+.2f}', f'{(v-w.median)*1e3:+.2f}')
+                 for h,v in enumerate(a, 1))
+    columns = ('head', 'attention &times; 10&sup3;', '', 'from the mean', 'from the median')
+    head,name = ''.join(f'<th>{t}</th>' for t in columns),escape(_named(out.settings))
+    return (f"<h4>Patch {patch} (row {r+1}, column {c+1}) {_verdict(w)}</h4><table><tr>{head}</tr>{rows}</table>"
+            f"<div style='margin-top:6px'>mean {w.mean*1e3:.3f}, median {w.median*1e3:.3f}, MedAD {w.medad*1e3:.3f} "
+            f"(&times; 10&sup3;), variance {w.variance:.2e}. Score by {name}: {w.score:.3g}</div>")
 
 # %% ../nbs/12_explorer.ipynb #c46b2f78
 _TAUS = [m*10.**e for e in range(-8, 1) for m in (1,2,4)] + [math.inf] # the defaults are among them
+
+def _row(*widgets): return W.HBox(list(widgets), layout=W.Layout(flex_flow='row wrap', align_items='flex-start'))
 
 class PruneExplorer(W.VBox):
     "Prune a photograph by hand: sliders, pictures, and the reasons for each patch"
     def __init__(self,
         model:nn.Module, # a timm ViT that `prune_vit` takes, or one that it has pruned; it stays as it is
-        classes=None, # names of the classes, for a model with a head; default the model's own where `load_vit` made it, else numbers
+        classes=None, # names of the classes, for a model with a head; default the model's own where `load_vit` made it
         photo=None, # to begin with: a name in `EXAMPLES`, a path, bytes or a PIL image; default the first example
         blocks=None, # indexes of the blocks that prune; default the quarter points of the depth
         width:int=352 # of a picture, in pixels
     ):
         self.session = s = Session(model, blocks)
         self.classes,self.width,self._quiet = classes if classes is not None else s.classes,width,False
-        if self.classes is not None and getattr(s.model, 'num_classes', 0)!=len(self.classes): raise ValueError(f"classes: {len(self.classes)} names were given, the model has {s.model.num_classes} classes.")
-        wide,label = dict(width='auto'),dict(description_width='82px')
-        start = s.start['indicator']
+        known = getattr(s.model, 'num_classes', 0)
+        if self.classes is not None and known!=len(self.classes):
+            raise ValueError(f"classes: {len(self.classes)} names were given, the model has {known} classes.")
         first = photo if isinstance(photo, str) and photo in EXAMPLES else next(iter(EXAMPLES))
-        names = {**{n: n for n in INDICATORS}, **({} if isinstance(start, str) else {indicator_name(start): start})}
-        self.photo = W.Dropdown(options=list(EXAMPLES), value=first, description='Photograph', style=label, layout=W.Layout(width='200px'))
-        self.upload = W.FileUpload(accept='image/*', description='Upload', layout=W.Layout(width='110px'))
-        self.path = W.Text(placeholder='or the path of an image file, then Enter', continuous_update=False, layout=W.Layout(width='290px'))
-        self.keep_rate = W.FloatSlider(s.start['keep_rate'], min=.05, max=1, step=.05, description='keep rate', style=label, layout=wide)
-        self.indicator = W.Dropdown(options=list(names.items()), value=start, description='indicator', style=label, layout=wide)
-        self.fuse = W.Dropdown(options=[('eq. 8', True), ("EViT's weights", 'raw'), ('none', False)], value=s.start['fuse'], description='fusion', style=label, layout=wide)
-        self.temperature = W.SelectionSlider(options=[('1', 1.)], description='temperature', style=label, layout=wide)
-        self.stage = W.SelectionSlider(options=[('photograph', 0)] + [(f'block {b}', j) for j,b in enumerate(s.blocks, 1)], value=len(s.blocks), description='after', style=label, layout=wide)
-        self.head = W.SelectionSlider(options=[('score', 0)] + [(f'head {h}', h) for h in range(1, s.heads+1)], value=0, description='map of', style=label, layout=wide)
-        self.patch = W.ToggleButtons(options=[str(i) for i in range(s.n)], index=s.grid[0]//2*s.grid[1]+s.grid[1]//2, tooltips=[f'row {i//s.grid[1]+1}, column {i%s.grid[1]+1}' for i in range(s.n)])
-        self.kept,self.scores = (W.Image(format=f, layout=W.Layout(width='100%', margin='0')) for f in ('jpeg','png'))
-        self.kept_title,self.scores_title,self.numbers,self.why,self.code,self.link,self.message = (W.HTML() for _ in range(7))
-        self.figure_button = W.Button(description='Figure', icon='download', tooltip='Make a figure of what is shown', layout=W.Layout(width='100px'))
-        reset = W.Button(description='default', tooltip="The indicator's own temperature", layout=W.Layout(width='90px', margin='0 0 0 90px'))
+        self._make_sources(first)
+        self._make_controls()
+        self._make_views()
         self._offer_temperatures(s.start['temperature'])
-        height = width*s.size[0]//s.size[1]
-        reach = [g*t/z for g,t,z in zip(s.grid, s.stride, s.size)] # patches that overlap leave a border, where no button is
-        self.patch.layout = W.Layout(grid_area='a', width=f'{min(1, reach[1]):.2%}', height=f'{min(1, reach[0]):.2%}', margin='0')
-        self.patch.add_class('ad-grid')
-        clickable = W.GridBox([W.Box([self.kept], layout=W.Layout(grid_area='a', width='100%', height='100%', overflow='hidden')), self.patch], layout=W.Layout(width=f'{width}px', height=f'{height}px', grid_template_areas="'a'", grid_template_columns='100%', grid_template_rows='100%'))
-        shown = W.Box([self.scores], layout=W.Layout(width=f'{width}px', height=f'{height}px', overflow='hidden'))
-        gap = dict(margin='0 12px 6px 0')
-        row = lambda *c: W.HBox(list(c), layout=W.Layout(flex_flow='row wrap', align_items='flex-start'))
-        left = W.VBox([self.keep_rate, self.indicator, self.fuse, self.temperature, reset, self.stage, self.head, self.numbers], layout=W.Layout(width='300px', **gap))
-        pictures = row(W.VBox([self.kept_title, clickable], layout=W.Layout(**gap)), W.VBox([self.scores_title, shown]))
-        self.kept_title.layout.width = self.scores_title.layout.width = f'{width}px'
-        super().__init__([W.HTML(_CSS.replace('COLS', str(s.grid[1])), layout=W.Layout(height='0', margin='0')), row(self.photo, self.upload, self.path), self.message,
-                          W.HBox([left, W.VBox([pictures, self.why])], layout=W.Layout(align_items='flex-start')), row(self.figure_button, self.code, self.link)])
+        super().__init__(self._arranged())
         self.add_class('ad-explorer')
+        self._observe()
+        self.load(first if photo is None else photo)
+        if not hasattr(s, 'unpruned'): self.load(first, keep_message=True) # a wrong path: its message stays
+        rates = [r.keep_rate for r in reducers_of(model, Prune, needed=False).values()]
+        if len(set(rates))>1:
+            self._tell(f"This model keeps {', '.join(map(str, rates))} in its stages; here one keep rate is for all.")
+
+    def _make_sources(self, first): # of photographs
+        self.photo = W.Dropdown(options=list(EXAMPLES), value=first, description='Photograph',
+                                style=dict(description_width='82px'), layout=W.Layout(width='200px'))
+        self.upload = W.FileUpload(accept='image/*', description='Upload', layout=W.Layout(width='110px'))
+        self.path = W.Text(placeholder='or the path of an image file, then Enter', continuous_update=False,
+                           layout=W.Layout(width='290px'))
+
+    def _make_controls(self): # of the model and of the view
+        s,look = self.session,lambda: dict(style=dict(description_width='82px'), layout=dict(width='auto'))
+        start = s.start['indicator']
+        names = {**{n: n for n in INDICATORS}, **({} if isinstance(start, str) else {indicator_name(start): start})}
+        fusions = [('eq. 8', True), ("EViT's weights", 'raw'), ('none', False)]
+        stages = [('photograph', 0)] + [(f'block {b}', j) for j,b in enumerate(s.blocks, 1)]
+        maps = [('score', 0)] + [(f'head {h}', h) for h in range(1, s.heads+1)]
+        self.keep_rate = W.FloatSlider(s.start['keep_rate'], min=.05, max=1, step=.05, description='keep rate',
+                                       **look())
+        self.indicator = W.Dropdown(options=list(names.items()), value=start, description='indicator', **look())
+        self.fuse = W.Dropdown(options=fusions, value=s.start['fuse'], description='fusion', **look())
+        self.temperature = W.SelectionSlider(options=[('1', 1.)], description='temperature', **look())
+        self.stage = W.SelectionSlider(options=stages, value=len(s.blocks), description='after', **look())
+        self.head = W.SelectionSlider(options=maps, value=0, description='map of', **look())
+        self.default = W.Button(description='default', tooltip="The indicator's own temperature",
+                                layout=W.Layout(width='90px', margin='0 0 0 90px'))
+        self.figure_button = W.Button(description='Figure', icon='download', tooltip='Make a figure of what is shown',
+                                      layout=W.Layout(width='100px'))
+
+    def _make_views(self): # pictures, buttons over one of them, and words
+        s = self.session
+        reach = [g*t/z for g,t,z in zip(s.grid, s.stride, s.size)] # patches that overlap leave a border with no button
+        cells = [f'row {i//s.grid[1]+1}, column {i%s.grid[1]+1}' for i in range(s.n)]
+        self.patch = W.ToggleButtons(options=[str(i) for i in range(s.n)], tooltips=cells,
+                                     index=s.grid[0]//2*s.grid[1]+s.grid[1]//2)
+        self.patch.layout = W.Layout(grid_area='a', width=f'{min(1, reach[1]):.2%}', height=f'{min(1, reach[0]):.2%}',
+                                     margin='0')
+        self.patch.add_class('ad-grid')
+        self.kept,self.scores = (W.Image(format=f, layout=W.Layout(width='100%', margin='0')) for f in ('jpeg','png'))
+        self.kept_title,self.scores_title = (W.HTML(layout=dict(width=f'{self.width}px')) for _ in range(2))
+        self.numbers,self.why,self.code,self.link,self.message = (W.HTML() for _ in range(5))
+
+    def _arranged(self): # all of it
+        s,gap = self.session,W.Layout(margin='0 12px 6px 0')
+        area = dict(width=f'{self.width}px', height=f'{self.width*s.size[0]//s.size[1]}px')
+        below = W.Box([self.kept], layout=W.Layout(grid_area='a', width='100%', height='100%', overflow='hidden'))
+        one = dict(grid_template_areas="'a'", grid_template_columns='100%', grid_template_rows='100%')
+        clickable = W.GridBox([below, self.patch], layout=W.Layout(**area, **one))
+        shown = W.Box([self.scores], layout=W.Layout(**area, overflow='hidden'))
+        left = W.VBox([self.keep_rate, self.indicator, self.fuse, self.temperature, self.default, self.stage, self.head,
+                       self.numbers], layout=W.Layout(width='300px', margin='0 12px 6px 0'))
+        pictures = _row(W.VBox([self.kept_title, clickable], layout=gap), W.VBox([self.scores_title, shown]))
+        style = W.HTML(_CSS.replace('COLS', str(s.grid[1])), layout=W.Layout(height='0', margin='0'))
+        return [style, _row(self.photo, self.upload, self.path), self.message,
+                W.HBox([left, W.VBox([pictures, self.why])], layout=W.Layout(align_items='flex-start')),
+                _row(self.figure_button, self.code, self.link)]
+
+    def _observe(self): # what each movement does
         self.photo.observe(lambda c: c.new and self.load(c.new), 'value')
         self.path.observe(lambda c: c.new.strip() and self.load(c.new.strip()), 'value')
         self.upload.observe(lambda c: c.new and self.load(bytes(c.new[0]['content'])), 'value')
         self.indicator.observe(lambda c: self._offer_temperatures(None), 'value')
-        reset.on_click(lambda _: self._offer_temperatures(None) or self._update())
+        self.default.on_click(lambda _: self._offer_temperatures(None) or self._update())
         for w in (self.keep_rate, self.indicator, self.fuse, self.temperature): w.observe(self._update, 'value')
         for w,name in ((self.stage,'value'), (self.head,'value'), (self.patch,'index')): w.observe(self._draw, name)
         self.figure_button.on_click(self._offer_figure)
-        self.load(first if photo is None else photo)
-        if not hasattr(s, 'x'): self.load(first, keep_message=True) # a wrong path: its message stays, over an example
-        rates = pruning_config(model)['keep_rate'] if _stages(model) else [0]
-        if len(set(rates))>1: self._tell(f"This model keeps {', '.join(map(str, rates))} in its stages; here one keep rate is for all.")
 
     def _offer_temperatures(self, value): # choices on a log scale, with the indicator's default among them
         indicator = self.indicator.value
-        self._default = get_temperature(None, INDICATORS.get(indicator, indicator) if isinstance(indicator, str) else indicator)
+        self._default = get_temperature(None, INDICATORS[indicator] if isinstance(indicator, str) else indicator)
         value = self._default if value is None else value
+        said = lambda t: 'average' if math.isinf(t) else f'{t:.0e}'.replace('e-0', 'e-')
         taus = sorted({*_TAUS, self._default, value})
         self._quiet = True
-        self.temperature.options = [(('average' if math.isinf(t) else f'{t:.0e}'.replace('e-0', 'e-')) + (' *' if t==self._default else ''), t) for t in taus]
+        self.temperature.options = [(said(t) + (' *' if t==self._default else ''), t) for t in taus]
         self.temperature.value = value
         self._quiet = False
 
     @property
     def settings(self): # what `prune_vit` is called with
-        tau = self.temperature.value
-        return dict(self.session.start, keep_rate=round(self.keep_rate.value, 4), indicator=self.indicator.value, fuse=self.fuse.value, temperature=None if tau==self._default or self.fuse.value is not True else tau)
+        tau,fuse = self.temperature.value,self.fuse.value
+        return dict(self.session.start, keep_rate=round(self.keep_rate.value, 4), indicator=self.indicator.value,
+                    fuse=fuse, temperature=None if tau==self._default or fuse is not True else tau)
 
-    def _tell(self, text=''): self.message.value = f"<div style='color:#D55E00; font-weight:600'>{escape(text)}</div>" if text else ''
+    def _tell(self, text=''):
+        style = 'color:#D55E00; font-weight:600'
+        self.message.value = f"<div style='{style}'>{escape(text)}</div>" if text else ''
 
     def load(self,
         photo, # a name in `EXAMPLES`, a path, the bytes of an image file, or a PIL image
@@ -155,7 +222,8 @@ class PruneExplorer(W.VBox):
         "Show another photograph; what cannot be read is said in the panel"
         try: self.session.load(open_photo(photo))
         except ValueError as e: return self._tell(str(e))
-        if not (isinstance(photo, str) and photo in EXAMPLES): self.photo.value = None # so that every example can be chosen again
+        known = isinstance(photo, str) and photo in EXAMPLES
+        if not known: self.photo.value = None # so that every example can be chosen again
         self._update(keep_message=keep_message)
 
     def _update(self, _=None, keep_message=False): # after a change of photograph or model
@@ -164,55 +232,87 @@ class PruneExplorer(W.VBox):
         try: self.step = self.session.step(**self.settings)
         except (ValueError, TypeError) as e: return self._tell(str(e))
         if not keep_message: self._tell()
-        self.code.value = f"<code>{escape(_code(self.settings, self._quarters))}</code>"
+        self.code.value = f"<code>{escape(self._line)}</code>"
         self.numbers.value = _numbers(self.session, self.step, self.classes)
         self._draw()
 
     @property
-    def _quarters(self):
-        depth = len(self.session.model.blocks)
-        return sorted({depth*i//4 for i in (1,2,3)})
+    def _line(self): return _code(self.settings, block_ids(self.session.model))
 
-    def _draw(self, _=None): # after a change of view
-        if not hasattr(self, 'step'): return
-        s,out,stage,head,patch = self.session,self.step,self.stage.value,self.head.value,self.patch.index
-        left = int((out.stages[stage-1].after>=0).sum()) if stage else s.n
-        self.kept_title.value = f"<b>{left} of {s.n} patches</b>" + (f" after block {s.blocks[stage-1]}" if stage else '') + ' <span style="opacity:.65">(click one)</span>'
-        self.kept.value = _bytes(_frame(_enlarged(_kept_picture(s, out, stage), 2*self.width), s, patch), 'JPEG', quality=90)
-        img,low,high = _score_picture(s, out, stage, head)
-        ramp = ','.join(matplotlib.colors.to_hex(matplotlib.colormaps['cividis'](t/8)) for t in range(9))
-        self.scores_title.value = f"<b>{self._map}</b> in block {s.blocks[max(stage, 1)-1]}: {low:.1e} <span style='display:inline-block; width:70px; height:9px; background:linear-gradient(90deg,{ramp})'></span> {high:.1e}"
-        self.scores.value = _bytes(_frame(_enlarged(img, 2*self.width, False), s, patch), 'PNG', compress_level=1)
-        self.why.value = _reasons(s, out, s.why(out, max(stage, 1)-1, patch), patch)
-        self.link.value = '' # of an older figure
+    @property
+    def _seen(self): # what is looked at
+        return self.session, self.step, self.stage.value, self.head.value, self.patch.index
 
     @property
     def _map(self): # what the second picture shows
-        return f'head {self.head.value}' if self.head.value else 'score'
+        name = f'head {self.head.value}' if self.head.value else 'score'
+        return name, f'in block {self.session.blocks[max(self.stage.value, 1)-1]}'
+
+    def _draw(self, _=None): # after a change of view
+        if not hasattr(self, 'step'): return
+        s,out,stage,head,patch = self._seen
+        left = int((out.stages[stage-1].after>=0).sum()) if stage else s.n
+        after = f" after block {s.blocks[stage-1]}" if stage else ''
+        self.kept_title.value = f'<b>{left} of {s.n} patches</b>{after} <span style="opacity:.65">(click one)</span>'
+        framed = frame_patch(enlarged(kept_picture(s, out, stage), 2*self.width), s, patch)
+        self.kept.value = image_bytes(framed, 'JPEG', quality=90)
+        img,low,high = score_picture(s, out, stage, head)
+        colours = matplotlib.colormaps['cividis']
+        ramp = ','.join(matplotlib.colors.to_hex(colours(t/8)) for t in range(9))
+        box = f'display:inline-block; width:70px; height:9px; background:linear-gradient(90deg,{ramp})'
+        name,where = self._map
+        self.scores_title.value = f"<b>{name}</b> {where}: {low:.1e} <span style='{box}'></span> {high:.1e}"
+        framed = frame_patch(enlarged(img, 2*self.width, False), s, patch)
+        self.scores.value = image_bytes(framed, 'PNG', compress_level=1)
+        self.why.value = _reasons(s, out, s.why(out, max(stage, 1)-1, patch), patch)
+        self.link.value = '' # of an older figure
 
     def figure(self)->Figure: # of matplotlib, without pyplot: nothing to close
         "What is shown, as one figure, with all stages side by side"
-        s,out,stage,head,patch = self.session,self.step,self.stage.value,self.head.value,self.patch.index
+        s,out,stage,head,patch = self._seen
         n = len(out.stages)+1
         fig = Figure(figsize=(2.4*n, 5), layout='constrained')
         top,below = fig.subfigures(2, 1, height_ratios=(1,1))
         for j,ax in enumerate(top.subplots(1, n)):
-            ax.imshow(np.asarray(_frame(_enlarged(_kept_picture(s, out, j), 448), s, patch))); ax.axis('off')
-            ax.set_title(f'{s.n} patches' if j==0 else f"after block {s.blocks[j-1]}: {int((out.stages[j-1].after>=0).sum())}", fontsize=9)
-        top.suptitle(_code(self.settings, self._quarters), fontsize=9, family='monospace')
-        m,bars,steps = below.subplots(1, 3)
-        img,low,high = _score_picture(s, out, stage, head)
-        m.imshow(np.asarray(_frame(_enlarged(img, 448, False), s, patch))); m.axis('off'); m.set_title(f'{self._map} in block {s.blocks[max(stage, 1)-1]}', fontsize=9)
-        bar = fig.colorbar(matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(low, high), 'cividis'), ax=m, shrink=.8); bar.ax.tick_params(labelsize=7)
-        w = s.why(out, max(stage, 1)-1, patch)
-        bars.bar(range(1, s.heads+1), w.attention*1e3, color='#0072B2')
-        for v,name,style in ((w.mean,'mean','-'), (w.median,'median','--')): bars.axhline(v*1e3, color='#D55E00', ls=style, lw=1.5, label=name)
-        bars.legend(fontsize=7, frameon=False); bars.set_xlabel('head', fontsize=8); bars.set_ylabel('attention × 10³', fontsize=8)
-        bars.set_title(f"patch {patch} {'stays' if w.stays else 'goes'}: rank {w.rank} of {w.n}, {w.k} stay", fontsize=9)
-        rows = steps.bar(['start'] + [f'block {b}' for b in s.blocks], out.tokens, color='#56B4E9', edgecolor='#333333', lw=.6)
-        steps.bar_label(rows, fontsize=8); steps.set_ylabel('tokens', fontsize=8); steps.set_title(f'{out.gflops:.2f} of {s.unpruned.gflops:.2f} GFLOPs', fontsize=9); steps.set_ylim(0, s.n*1.15)
-        for ax in (bars,steps): ax.tick_params(labelsize=8); ax.spines[['top','right']].set_visible(False)
+            ax.imshow(np.asarray(frame_patch(enlarged(kept_picture(s, out, j), 448), s, patch)))
+            ax.axis('off')
+            left = f"after block {s.blocks[j-1]}: {int((out.stages[j-1].after>=0).sum())}" if j else f'{s.n} patches'
+            ax.set_title(left, fontsize=9)
+        top.suptitle(self._line, fontsize=9, family='monospace')
+        axs = below.subplots(1, 3)
+        self._draw_map(fig, axs[0])
+        self._draw_opinions(axs[1])
+        rows = axs[2].bar(['start'] + [f'block {b}' for b in s.blocks], out.tokens, color='#56B4E9',
+                          edgecolor='#333333', lw=.6)
+        axs[2].bar_label(rows, fontsize=8)
+        axs[2].set_ylabel('tokens', fontsize=8)
+        axs[2].set_title(f'{out.gflops:.2f} of {s.unpruned.gflops:.2f} GFLOPs', fontsize=9)
+        axs[2].set_ylim(0, s.n*1.15)
+        for ax in axs[1:]:
+            ax.tick_params(labelsize=8)
+            ax.spines[['top','right']].set_visible(False)
         return fig
+
+    def _draw_map(self, fig, ax): # what a stage thought of all patches
+        s,out,stage,head,patch = self._seen
+        img,low,high = score_picture(s, out, stage, head)
+        ax.imshow(np.asarray(frame_patch(enlarged(img, 448, False), s, patch)))
+        ax.axis('off')
+        ax.set_title(' '.join(self._map), fontsize=9)
+        scale = matplotlib.cm.ScalarMappable(matplotlib.colors.LogNorm(low, high), 'cividis')
+        fig.colorbar(scale, ax=ax, shrink=.8).ax.tick_params(labelsize=7)
+
+    def _draw_opinions(self, ax): # what the heads thought of one
+        s,out,stage,_,patch = self._seen
+        w = s.why(out, max(stage, 1)-1, patch)
+        ax.bar(range(1, s.heads+1), w.attention*1e3, color='#0072B2')
+        for v,name,style in ((w.mean,'mean','-'), (w.median,'median','--')):
+            ax.axhline(v*1e3, color='#D55E00', ls=style, lw=1.5, label=name)
+        ax.legend(fontsize=7, frameon=False)
+        ax.set_xlabel('head', fontsize=8)
+        ax.set_ylabel('attention × 10³', fontsize=8)
+        verdict = 'stays' if w.stays else 'goes'
+        ax.set_title(f"patch {patch} {verdict}: rank {w.rank} of {w.n}, {w.k} stay", fontsize=9)
 
     def png(self,
         dpi:int=120 # dots an inch
@@ -232,4 +332,6 @@ class PruneExplorer(W.VBox):
         return path
 
     def _offer_figure(self, _=None):
-        self.link.value = f"<a download='pruned.png' href='data:image/png;base64,{base64.b64encode(self.png()).decode()}' style='text-decoration:underline'>pruned.png</a>"
+        data = base64.b64encode(self.png()).decode()
+        self.link.value = (f"<a download='pruned.png' href='data:image/png;base64,{data}' "
+                           "style='text-decoration:underline'>pruned.png</a>")

@@ -25,14 +25,16 @@ def maker_of(
     return getattr(type(block), 'maker', type(block))
 
 def _scaled(gamma, x): return x if gamma is None else gamma*x
-def _eva_attention(b, x, **kw): return x + b.drop_path1(_scaled(b.gamma_1, b.attn(b.norm1(x), **kw)))
+def _eva_attention(b, x, **kw):
+    return x + b.drop_path1(_scaled(b.gamma_1, b.attn(b.norm1(x), **kw)))
 def _eva_mlp(b, x): return x + b.drop_path2(_scaled(b.gamma_2, b.mlp(b.norm2(x))))
 
 def _postnorm_attention(b, x, **kw): return x + b.drop_path1(b.norm1(b.attn(x, **kw)))
 def _postnorm_mlp(b, x): return x + b.drop_path2(b.norm2(b.mlp(x)))
 
 def _several_attentions(b, x, **kw):
-    return x + torch.stack([a.drop_path(a.ls(a.attn(a.norm(x), **kw))) for a in b.attns]).sum(0)
+    outs = [a.drop_path(a.ls(a.attn(a.norm(x), **kw))) for a in b.attns]
+    return x + torch.stack(outs).sum(0)
 def _several_mlps(b, x): return x + torch.stack([mlp(x) for mlp in b.ffns]).sum(0)
 
 def whole_block(
@@ -51,13 +53,16 @@ def nothing(
     return x
 
 # %% ../nbs/02c_families.ipynb #89490c8b
-def _hf_vit_attention(b, x, **kw): return b.dropout(b.attention(b.layernorm_before(x), **kw)[0]) + x
+def _hf_vit_attention(b, x, **kw):
+    return b.dropout(b.attention(b.layernorm_before(x), **kw)[0]) + x
 def _hf_vit_mlp(b, x): return b.dropout(b.mlp(b.layernorm_after(x))) + x
 
-def _hf_dino_attention(b, x, **kw): return b.drop_path(b.layer_scale1(b.attention(b.norm1(x), **kw)[0])) + x
+def _hf_dino_attention(b, x, **kw):
+    return b.drop_path(b.layer_scale1(b.attention(b.norm1(x), **kw)[0])) + x
 def _hf_dino_mlp(b, x): return b.drop_path(b.layer_scale2(b.mlp(b.norm2(x)))) + x
 
-def _hf_clip_attention(b, x, **kw): return x + b.self_attn(hidden_states=b.layer_norm1(x), **kw)[0]
+def _hf_clip_attention(b, x, **kw):
+    return x + b.self_attn(hidden_states=b.layer_norm1(x), **kw)[0]
 def _hf_clip_mlp(b, x): return x + b.mlp(b.layer_norm2(x))
 
 def _open_clip_attention(b, x, attn_mask=None, **kw):
@@ -88,10 +93,12 @@ def timm_facts(
 def _hf_facts(model):
     c = model.config
     token = not type(model).__name__.startswith('Siglip')
-    return Facts(token + getattr(c, 'num_register_tokens', 0), token, True, (c.image_size//c.patch_size)**2)
+    return Facts(token + getattr(c, 'num_register_tokens', 0), token, True,
+                 (c.image_size//c.patch_size)**2)
 
 def _open_clip_facts(model):
-    return Facts(1, True, model.attn_pool is not None or model.pool_type!='tok', model.grid_size[0]*model.grid_size[1])
+    return Facts(1, True, model.attn_pool is not None or model.pool_type!='tok',
+                 model.grid_size[0]*model.grid_size[1])
 
 # %% ../nbs/02c_families.ipynb #a405e181
 @dataclass(frozen=True)
@@ -109,24 +116,30 @@ _timm = Family(_timm_attention, _timm_mlp)
 _post = replace(_timm, attention=_postnorm_attention, mlp=_postnorm_mlp)
 _parallel = replace(_timm, attention=whole_block, mlp=nothing)
 _rotary = dict(handed=('rope','attn_mask'), positions=('rope',))
-_hf = dict(handed=('attention_mask',), facts=_hf_facts, paths=('layers','encoder.layer','encoder.layers','model.layer'))
+_hf = dict(handed=('attention_mask',), facts=_hf_facts,
+           paths=('layers','encoder.layer','encoder.layers','model.layer'))
 _hf_dino = Family(_hf_dino_attention, _hf_dino_mlp, **_hf)
 _hf_clip = Family(_hf_clip_attention, _hf_clip_mlp, **_hf)
 
 FAMILIES = { # by the name of the block's class
     'timm.models.vision_transformer.Block': _timm,
     'timm.models.vision_transformer.ResPostBlock': _post,
-    'timm.models.vision_transformer.ParallelThingsBlock': replace(_timm, attention=_several_attentions, mlp=_several_mlps),
+    'timm.models.vision_transformer.ParallelThingsBlock':
+        replace(_timm, attention=_several_attentions, mlp=_several_mlps),
     'timm.models.vision_transformer.ParallelScalingBlock': _parallel,
     'timm.models.vision_transformer.DiffParallelScalingBlock': _parallel,
-    'timm.models.eva.EvaBlock': replace(_timm, attention=_eva_attention, mlp=_eva_mlp, **_rotary),
+    'timm.models.eva.EvaBlock':
+        replace(_timm, attention=_eva_attention, mlp=_eva_mlp, **_rotary),
     'timm.models.eva.EvaBlockPostNorm': replace(_post, **_rotary),
     'timm.models.beit.Block':
-        replace(_timm, attention=_eva_attention, mlp=_eva_mlp, handed=('shared_rel_pos_bias',), biased=True),
-    'timm.models.vision_transformer_relpos.RelPosBlock': replace(_timm, handed=('shared_rel_pos',), biased=True),
+        replace(_timm, attention=_eva_attention, mlp=_eva_mlp,
+                handed=('shared_rel_pos_bias',), biased=True),
+    'timm.models.vision_transformer_relpos.RelPosBlock':
+        replace(_timm, handed=('shared_rel_pos',), biased=True),
     'timm.models.vision_transformer_relpos.ResPostRelPosBlock':
         replace(_post, handed=('shared_rel_pos',), biased=True),
-    'transformers.models.vit.modeling_vit.ViTLayer': Family(_hf_vit_attention, _hf_vit_mlp, **_hf),
+    'transformers.models.vit.modeling_vit.ViTLayer':
+        Family(_hf_vit_attention, _hf_vit_mlp, **_hf),
     'transformers.models.dinov2.modeling_dinov2.Dinov2Layer': _hf_dino,
     'transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer': _hf_dino,
     'transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer':
@@ -134,8 +147,8 @@ FAMILIES = { # by the name of the block's class
     'transformers.models.siglip.modeling_siglip.SiglipEncoderLayer': _hf_clip,
     'transformers.models.clip.modeling_clip.CLIPEncoderLayer': _hf_clip,
     'open_clip.transformer.ResidualAttentionBlock':
-        Family(_open_clip_attention, _open_clip_mlp, ('k_x','v_x','attn_mask'), facts=_open_clip_facts,
-               paths=('transformer.resblocks',)),
+        Family(_open_clip_attention, _open_clip_mlp, ('k_x','v_x','attn_mask'),
+               facts=_open_clip_facts, paths=('transformer.resblocks',)),
 }
 
 def class_name(
@@ -159,31 +172,39 @@ class Vit(NamedTuple):
     family:Family # of the blocks
     facts:Facts # about the model
 
-_KNOWN = ("timm's ViTs (vision_transformer, deit, eva, beit, naflexvit, vision_transformer_hybrid, "
-         "vision_transformer_relpos, vitamin), ViT, DINOv2, DINOv3, SigLIP and CLIP vision models of transformers, "
-         "open_clip's ViT, and what register_family adds")
+_KNOWN = ("timm's ViTs (vision_transformer, deit, eva, beit, naflexvit, "
+          "vision_transformer_hybrid, vision_transformer_relpos, vitamin), "
+          "ViT, DINOv2, DINOv3, SigLIP and CLIP vision models of transformers, "
+          "open_clip's ViT, and what register_family adds")
 
 def find_vit(
     model:nn.Module # a ViT, as its maker made it or reduced
 )->Vit: # where its blocks are, and what is known about them
     "Find the blocks of a ViT, or say why they cannot be found"
     kind = type(model).__name__
-    if not isinstance(model, nn.Module): raise TypeError(f"A {kind} is no model: give a torch.nn.Module.")
-    lists = [(n,m) for n,m in model.named_modules() if isinstance(m, (nn.ModuleList,nn.Sequential)) and len(m)]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"A {kind} is no model: give a torch.nn.Module.")
+    lists = [(n,m) for n,m in model.named_modules()
+             if isinstance(m, (nn.ModuleList,nn.Sequential)) and len(m)]
     found = [(n,m) for n,m in lists if all(class_name(maker_of(b)) in FAMILIES for b in m)]
     if not found:
-        named = [m for n,m in lists if n.split('.')[-1] in ('blocks','layers','layer','resblocks','stages')]
-        what = ', '.join(sorted({class_name(type(b)).split('.', 2)[-1] for m in named for b in m})[:3])
-        raise TypeError(f"Cannot reduce the tokens of this {kind}" + (f", whose blocks are {what}" if what else '')
-                        + f". Supported are {_KNOWN}.")
+        named = [m for n,m in lists
+                 if n.split('.')[-1] in ('blocks','layers','layer','resblocks','stages')]
+        what = sorted({class_name(type(b)).split('.', 2)[-1] for m in named for b in m})[:3]
+        whose = f", whose blocks are {', '.join(what)}" if what else ''
+        raise TypeError(f"Cannot reduce the tokens of this {kind}{whose}. "
+                        f"Supported are {_KNOWN}.")
     inside = []
     for path,blocks in found:
         family = FAMILIES[class_name(maker_of(blocks[0]))]
-        if len({maker_of(b) for b in blocks})>1: raise TypeError(f"The blocks of this {kind} are of several classes.")
+        if len({maker_of(b) for b in blocks})>1:
+            raise TypeError(f"The blocks of this {kind} are of several classes.")
         if path in family.paths: return Vit(path, blocks, family, family.facts(model))
         inside += [path[:-len(p)-1] for p in family.paths if path.endswith(f'.{p}')]
-    if not inside: raise TypeError(f"This {kind} is no whole model: its blocks lie in {found[0][0] or 'itself'}. "
-                                   "Give the model around them.")
+    if not inside:
+        raise TypeError(f"This {kind} is no whole model: its blocks lie in "
+                        f"{found[0][0] or 'itself'}. Give the model around them.")
     inside.sort(key=lambda p: ('text' in p, len(p))) # of CLIP the eyes, not the words
-    raise TypeError(f"This {kind} is not a ViT itself, but has one inside: give model.{inside[0]}. "
+    raise TypeError(f"This {kind} is not a ViT itself, but has one inside: "
+                    f"give model.{inside[0]}. "
                     "(Reduce a model before torch.compile and before wrapping it.)")

@@ -8,14 +8,19 @@ __all__ = ['OverlapPatchEmbed', 'overlap_patches']
 # %% ../nbs/04_overlap.ipynb #27bafffc
 from numbers import Integral
 from torch import nn
-from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple
+from timm.layers import PatchEmbed, resample_abs_pos_embed, RotaryEmbeddingDinoV3, to_2tuple
 from timm.layers.format import Format, nchw_to
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from .reduce import reducers_of
 
 # %% ../nbs/04_overlap.ipynb #876c9f2a
 def _grid(size, patch, stride): # patches along each side of images of that size
-    if any(s<p for s,p in zip(size, patch)): raise ValueError(f"Images of {size[0]} x {size[1]} pixels hold no patch of {patch[0]} x {patch[1]}: make them at least as large as a patch.")
+    if any(s<p for s,p in zip(size, patch)):
+        raise ValueError(f"Images of {size[0]} x {size[1]} pixels hold no patch of {patch[0]} x {patch[1]}: "
+                         "make them at least as large as a patch.")
     return tuple((s-p)//t + 1 for s,p,t in zip(size, patch, stride))
 
 class OverlapPatchEmbed(PatchEmbed):
@@ -25,43 +30,85 @@ class OverlapPatchEmbed(PatchEmbed):
         size = to_2tuple(img_size)
         grid = _grid(size, self.patch_size, self.proj.stride)
         return size, grid, grid[0]*grid[1]
+
     def dynamic_feat_size(self, img_size): return _grid(img_size, self.patch_size, self.proj.stride)
     def feat_ratio(self, as_scalar=True): return max(self.proj.stride) if as_scalar else self.proj.stride
+
     def set_input_size(self, img_size=None, patch_size=None):
         if patch_size is not None and to_2tuple(patch_size)!=self.patch_size:
-            raise ValueError(f"patch_size={patch_size}: an overlapping patch embedding keeps its patch size of {self.patch_size[0]} x {self.patch_size[1]}. Change it before overlap_patches.")
+            raise ValueError(f"patch_size={patch_size}: an overlapping patch embedding keeps its patch size of "
+                             f"{self.patch_size[0]} x {self.patch_size[1]}. Change it before overlap_patches.")
         super().set_input_size(img_size)
+
     def forward(self, x):
         size = tuple(x.shape[-2:])
         if self.strict_img_size and self.img_size not in (None, size):
-            raise ValueError(f"The images are {size[0]} x {size[1]} pixels, the model takes {self.img_size[0]} x {self.img_size[1]}: call model.set_input_size.")
+            raise ValueError(f"The images are {size[0]} x {size[1]} pixels, the model takes {self.img_size[0]} x "
+                             f"{self.img_size[1]}: call model.set_input_size.")
         self.dynamic_feat_size(size) # no image without a patch
         x = self.proj(x)
         if self.flatten: x = x.flatten(2).transpose(1, 2)
         elif self.output_fmt!=Format.NCHW: x = nchw_to(x, self.output_fmt)
         return self.norm(x)
 
-def overlap_patches(
-    model:nn.Module, # a timm VisionTransformer, not pruned yet
-    stride:int=12 # step from one patch to the next, in pixels: from 1 to the patch size, which changes nothing
-)->nn.Module: # the same model
-    "Let the patches of a timm ViT overlap, in place; position embeddings are resampled to the larger grid"
+# %% ../nbs/04_overlap.ipynb #6f1c0a14
+def _refuse(model): # what cannot overlap, with a sentence
     kind,embed = type(model).__name__,getattr(model, 'patch_embed', None)
-    if not isinstance(model, VisionTransformer) or type(embed) not in (PatchEmbed, OverlapPatchEmbed):
-        raise TypeError(f"Cannot let the patches of a {kind}{f' with {type(embed).__name__}' if embed is not None else ''} overlap: a timm VisionTransformer with a PatchEmbed is needed. (Overlap before torch.compile and before wrapping.)")
-    if reducers_of(model, needed=False): raise ValueError("This model is pruned already: call overlap_patches before prune_vit, or unprune_vit(model) first.")
+    known = isinstance(model, (VisionTransformer, Eva, Beit, VisionTransformerRelPos))
+    if not known or type(embed) not in (PatchEmbed, OverlapPatchEmbed):
+        has = f" with {type(embed).__name__}" if embed is not None else ''
+        raise TypeError(f"Cannot let the patches of a {kind}{has} overlap: a timm VisionTransformer, Eva or Beit with "
+                        "a PatchEmbed is needed. (Overlap before torch.compile and before wrapping.)")
+    if any(getattr(m, 'relative_position_index', None) is not None for m in model.modules()):
+        raise TypeError(f"Cannot let the patches of this {kind} overlap: its attention has a bias for each distance "
+                        f"between two patches of a grid of {embed.grid_size[0]} x {embed.grid_size[1]}, and none for "
+                        "another. Take a ViT with position embeddings or rotary positions.")
+    rope = getattr(model, 'rope', None)
+    lies = isinstance(rope, RotaryEmbeddingDinoV3) or getattr(rope, 'ref_feat_shape', None) is not None
+    if rope is not None and not lies:
+        raise TypeError(f"Cannot let the patches of this {kind} overlap: its rotary positions ({type(rope).__name__} "
+                        "without a reference grid) count patches, and would take any stride for the patch size. "
+                        "DINOv3, EVA-02 and Perception Encoder have positions that lie in the picture.")
+    if reducers_of(model, needed=False):
+        raise ValueError("This model is pruned already: call overlap_patches before prune_vit (or another method), "
+                         "or restore_vit(model) first.")
+
+def _checked_stride(embed, stride): # (rows, columns) to step by
     patch,now = embed.patch_size,embed.proj.stride
-    if not isinstance(stride, Integral) or isinstance(stride, bool) or not 1<=stride<=min(patch): raise ValueError(f"stride={stride!r}: it must be a whole number from 1 to the patch size of {min(patch)} pixels.")
-    if type(embed) is PatchEmbed and now!=patch: raise ValueError(f"The stride of this patch embedding was set to {now[0]} by hand: set model.patch_embed.proj.stride back to {patch}, and leave the rest to overlap_patches.")
+    if not isinstance(stride, Integral) or isinstance(stride, bool) or not 1<=stride<=min(patch):
+        raise ValueError(f"stride={stride!r}: it must be a whole number from 1 to the patch size of "
+                         f"{min(patch)} pixels.")
+    if type(embed) is PatchEmbed and now!=patch:
+        raise ValueError(f"The stride of this patch embedding was set to {now[0]} by hand: set "
+                         f"model.patch_embed.proj.stride back to {patch}, and leave the rest to overlap_patches.")
     new = (int(stride),)*2
-    if new==now: return model
-    if now!=patch: raise ValueError(f"stride={stride}: the patches of this model overlap already, at a stride of {now[0]}. Make the model anew for another.")
-    if embed.dynamic_img_pad: raise ValueError("This model pads images to whole patches (dynamic_img_pad=True), of which an overlapping grid knows nothing: make it without.")
-    old,grid = embed.grid_size,embed.img_size and _grid(embed.img_size, patch, new) # an error leaves the model as it was
+    if new!=now and now!=patch:
+        raise ValueError(f"stride={stride}: the patches of this model overlap already, at a stride of {now[0]}. "
+                         "Make the model anew for another.")
+    if new!=now and embed.dynamic_img_pad:
+        raise ValueError("This model pads images to whole patches (dynamic_img_pad=True), of which an overlapping grid "
+                         "knows nothing: make it without.")
+    return new
+
+# %% ../nbs/04_overlap.ipynb #6f1c0a15
+def overlap_patches(
+    model:nn.Module, # a timm VisionTransformer, Eva or Beit, not pruned yet
+    stride:int=12 # pixels from one patch to the next: from 1 to the patch size, which changes nothing
+)->nn.Module: # the same model
+    "Let the patches of a timm ViT overlap, in place; positions are those of the larger grid"
+    _refuse(model)
+    embed = model.patch_embed
+    new = _checked_stride(embed, stride)
+    if new==embed.proj.stride: return model
+    old = embed.grid_size
+    grid = embed.img_size and _grid(embed.img_size, embed.patch_size, new)
+    # all that can be wrong was looked at: an error leaves the model as it was
     embed.__class__,embed.proj.stride = OverlapPatchEmbed,new
     embed.img_size,embed.grid_size,embed.num_patches = embed._init_img_size(embed.img_size)
     if model.pos_embed is not None:
-        pos = resample_abs_pos_embed(model.pos_embed.detach(), new_size=grid, old_size=old, num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens)
+        n_prefix = 0 if getattr(model, 'no_embed_class', False) else model.num_prefix_tokens
+        pos = resample_abs_pos_embed(model.pos_embed.detach(), grid, old, num_prefix_tokens=n_prefix)
         model.pos_embed = nn.Parameter(pos, requires_grad=model.pos_embed.requires_grad)
+    if getattr(model, 'rope', None) is not None: model.rope.update_feat_shape(grid)
     model.feature_info = [dict(f, reduction=int(stride)) for f in model.feature_info]
     return model

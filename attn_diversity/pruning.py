@@ -42,8 +42,8 @@ def checked_rate(
 )->float: # in (0, 1]
     "A keep rate, or an error that says what is allowed"
     if isinstance(keep_rate, bool) or not isinstance(keep_rate, Real) or not 0<keep_rate<=1:
-        raise ValueError(f"keep_rate={keep_rate!r}: the share of patches to keep must lie in (0, 1]; "
-                         "0.7 keeps 70%, 1 prunes nothing.")
+        raise ValueError(f"keep_rate={keep_rate!r}: the share of patches to keep must lie in "
+                         "(0, 1]; 0.7 keeps 70%, 1 prunes nothing.")
     return float(keep_rate)
 
 class Prune(Reducer):
@@ -56,8 +56,10 @@ class Prune(Reducer):
         class_token:bool=True # whose attention scores the patches; else the attention they receive
     ):
         super().__init__()
-        self.keep_rate,self.fuse,self.temperature,self.class_token = keep_rate,fuse,temperature,class_token
-        self.held = (indicator,) # in a tuple: an indicator with parameters of its own is no part of the state dict
+        self.keep_rate,self.fuse = keep_rate,fuse
+        self.temperature,self.class_token = temperature,class_token
+        # in a tuple: an indicator with parameters of its own is no part of the state dict
+        self.held = (indicator,)
 
     @property
     def indicator(self): return self.held[0]
@@ -65,30 +67,34 @@ class Prune(Reducer):
     def kept(self, n, start): return kept_count(n, self.keep_rate)
     def left(self, n, start): return (k := self.kept(n, start)) + bool(self.fuse and k<n)
     def settings(self):
-        return dict(keep_rate=self.keep_rate, indicator=indicator_name(self.indicator), fuse=self.fuse,
-                    temperature=self.temperature)
+        return dict(keep_rate=self.keep_rate, indicator=indicator_name(self.indicator),
+                    fuse=self.fuse, temperature=self.temperature)
 
     def rows(self, # of attention that score the tokens
         heard:list, # what met in the attention
         n_prefix:int # tokens in front of those that are scored
     )->Tensor: # [B, H, n] in float32
         "What each head thinks of each token"
-        look = class_attention if self.class_token else partial(received_attention, n_prefix=n_prefix)
+        look = (class_attention if self.class_token
+                else partial(received_attention, n_prefix=n_prefix))
         return torch.cat([look(*h) for h in heard], 1)[...,n_prefix:]
 
     def forward(self, x, record, heard, mask):
         rows = self.rows(heard, record.n_prefix)
         scores,n = self.indicator(rows),rows.shape[-1]
         if scores.dim()!=2 or scores.shape[1]!=n:
-            raise ValueError(f"The indicator {indicator_name(self.indicator)} returned {list(scores.shape)} for attention of "
-                             f"shape {list(rows.shape)}: one score a patch, [{rows.shape[0]}, {n}], is needed.")
+            raise ValueError(f"The indicator {indicator_name(self.indicator)} returned "
+                             f"{list(scores.shape)} for attention of shape "
+                             f"{list(rows.shape)}: one score a patch, "
+                             f"[{rows.shape[0]}, {n}], is needed.")
         bad = scores.isnan() # goes first, like what nobody can see
         if mask is not None: bad = bad | (rows==0).all(1)
         rank = scores.masked_fill(bad, -torch.inf)
         order,k = rank.argsort(1, descending=True),self.kept(n, record.n)
         if not self.fuse: return Reduction(order[:,:k])
         raw = self.fuse=='raw'
-        weights = fusion_weights((scores if raw else rank).gather(1, order[:,k:]), self.temperature, raw)
+        others = (scores if raw else rank).gather(1, order[:,k:])
+        weights = fusion_weights(others, self.temperature, raw)
         return Reduction(order[:,:k], order[:,k:], gone_weights=weights)
 
 # %% ../nbs/03_pruning.ipynb #3755dbcc
@@ -102,13 +108,16 @@ def prune_vit(
 )->nn.Module: # the same model
     "Prune a ViT in place; weights and state dict stay as they are"
     if fuse not in (True, False, 'raw'):
-        raise ValueError(f"fuse={fuse!r}: it must be True (eq. 8), 'raw' (EViT's weights) or False.")
+        raise ValueError(f"fuse={fuse!r}: it must be True (eq. 8), 'raw' (EViT's weights) "
+                         "or False.")
     vit,blocks = find_vit(model),block_ids(model, blocks)
-    rates = [checked_rate(r) for r in one_each(keep_rate, len(blocks), 'keep_rate', 'pruned blocks')]
+    rates = one_each(keep_rate, len(blocks), 'keep_rate', 'pruned blocks')
+    rates = [checked_rate(r) for r in rates]
     heads = next((m.num_heads for m in vit.blocks.modules() if hasattr(m, 'num_heads')), 6)
     indicator = get_indicator(indicator, heads)
     tau = get_temperature(temperature, indicator)
-    return insert_reducers(model, {i: Prune(r, indicator, fuse, tau, vit.facts.class_token) for i,r in zip(blocks, rates)})
+    return insert_reducers(model, {i: Prune(r, indicator, fuse, tau, vit.facts.class_token)
+                                   for i,r in zip(blocks, rates)})
 
 def unprune_vit(
     model:nn.Module # a model that `prune_vit` has pruned
@@ -122,7 +131,8 @@ def set_keep_rate(
     keep_rate:float # share of the tokens each stage keeps, in (0, 1]; one number or one a pruned block
 )->nn.Module: # the same model
     "Change the keep rate of a pruned model"
-    if {r.knob for r in reducers_of(model, needed=False).values()}!={'keep_rate'}: reducers_of(model, Prune) # says so
+    knobs = {r.knob for r in reducers_of(model, needed=False).values()}
+    if knobs!={'keep_rate'}: reducers_of(model, Prune) # says so
     return set_rate(model, keep_rate)
 
 # %% ../nbs/03_pruning.ipynb #248c0faf
@@ -136,7 +146,8 @@ def trace_patches(
     for record in records.values():
         for r in record.reductions[done:]:
             if r.into is not None:
-                raise ValueError("This model merges: its tokens are groups of patches. trace(model, x) says which are in each.")
+                raise ValueError("This model merges: its tokens are groups of patches. "
+                                 "trace(model, x) says which are in each.")
             ids = ids.gather(1, r.kept)
             if r.extra: ids = torch.cat([ids, ids.new_full((ids.shape[0],1), -1)], 1)
         done = len(record.reductions)

@@ -75,7 +75,8 @@ class Reducer(nn.Module):
         "Clear up what it added to a model"
 
     def extra_repr(self):
-        return ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in self.settings().items())
+        return ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}'
+                         for k,v in self.settings().items())
 
 # %% ../nbs/02d_reduce.ipynb #e1771da1
 class ReducedBlock:
@@ -83,7 +84,8 @@ class ReducedBlock:
     def __reduce_ex__(self, protocol): return _blank, (self.maker,), self.__getstate__()
 
     def forward(self, x, *args, travel=False, **kwargs):
-        x,record = x if isinstance(x, tuple) else (x, Record(x.shape[1]-self.n_prefix, self.n_prefix))
+        if not isinstance(x, tuple): x = x, Record(x.shape[1]-self.n_prefix, self.n_prefix)
+        x,record = x
         x,record = self.step(x, record, dict(zip(self.family.handed, args), **kwargs))
         if travel: return x, record # somebody wants to see it
         if self.home is not None: return self.last(x, record)
@@ -94,7 +96,8 @@ class ReducedBlock:
         works = r is not None and r.works(x.shape[1]-self.n_prefix, record.n)
         if works and r.early: x,record = self.reduce(x, record, handed, mask, [])
         works = works and not r.early
-        kw = {k: record.positions(v) if k in self.family.positions else v for k,v in handed.items()}
+        kw = {k: record.positions(v) if k in self.family.positions else v
+              for k,v in handed.items()}
         narrows = record.reductions and (mask is not None or self.family.biased)
         if not (works or narrows or record.size is not None or record.keep is not None):
             return self.maker.forward(self, x, **kw), record
@@ -107,7 +110,8 @@ class ReducedBlock:
         return x, record
 
     def given_mask(self, handed): # the user's
-        return next((handed[k] for k in ('attn_mask','attention_mask') if handed.get(k) is not None), None)
+        return next((handed[k] for k in ('attn_mask','attention_mask')
+                     if handed.get(k) is not None), None)
 
     def on_its_way(self, record, mask, q, k): # the mask that is used: narrowed, and with sizes
         if mask is not None and mask.shape[-1]!=k.shape[-2]: mask = record.mask(mask)
@@ -118,12 +122,13 @@ class ReducedBlock:
 
     def reduce(self, x, record, handed, mask, heard):
         if handed.get('is_causal'):
-            raise ValueError("is_causal=True: a token would see only those before it, and there is nothing to reduce by. "
-                             "Use attn_mask.")
+            raise ValueError("is_causal=True: a token would see only those before it, "
+                             "and there is nothing to reduce by. Use attn_mask.")
         if mask is not None and self.reducer.no_mask: raise ValueError(self.reducer.no_mask)
         now = None if mask is None else record.mask(mask)
         r = self.reducer(x, record, heard, now)
-        if not isinstance(r, Reduction): return x, record._replace(keep=r) # DynamicViT in training
+        if not isinstance(r, Reduction): # DynamicViT in training
+            return x, record._replace(keep=r)
         known = [] if mask is None else [(mask, narrow_mask(now, r, self.n_prefix))]
         for k in self.family.positions: # a table, or a tuple of them
             tables = handed.get(k) if isinstance(handed.get(k), tuple) else (handed.get(k),)
@@ -163,7 +168,8 @@ def masked_attention(
     if mask is not None: a = a + added_mask(mask, a.dtype)
     n = a.shape[-1]
     seen = F.pad(keep, (n-keep.shape[1], 0), value=1.)[:,None,None]
-    a = a.softmax(-1) * torch.where(torch.eye(n, dtype=torch.bool, device=a.device), 1., seen).to(a.dtype)
+    itself = torch.eye(n, dtype=torch.bool, device=a.device)
+    a = a.softmax(-1) * torch.where(itself, 1., seen).to(a.dtype)
     a = a/a.sum(-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
     return F.dropout(a, dropout) @ v
 
@@ -192,7 +198,8 @@ class _StandIn:
     def __init__(self, real, **parts): self.__dict__.update(parts, real=real)
     def __getattr__(self, name):
         method = getattr(type(self.real), name, None)
-        return partial(method, self) if isinstance(method, FunctionType) else getattr(self.real, name)
+        if isinstance(method, FunctionType): return partial(method, self)
+        return getattr(self.real, name)
     def __call__(self, *args, **kwargs): return self.forward(*args, **kwargs)
 
 class _Chain(list):
@@ -201,12 +208,14 @@ class _Chain(list):
         for block in self: x = block(x)
         return x
 
-def _tapped(model, path, tell): # a stand-in; `tell(i, tokens, record)` sees what block i hands on, and answers instead
+def _tapped(model, path, tell):
+    "A stand-in; `tell(i, tokens, record)` sees what block i hands on, and answers instead"
     travelling = []
     def tap(i, block):
         if not isinstance(block, ReducedBlock): return block
         def run(x, *args, **kwargs):
-            travelling[:] = [block(travelling[0] if travelling else x, *args, travel=True, **kwargs)]
+            x = travelling[0] if travelling else x
+            travelling[:] = [block(x, *args, travel=True, **kwargs)]
             return tell(i, *travelling[0])
         return run
     names,chain = path.split('.'),[model]
@@ -217,12 +226,14 @@ def _tapped(model, path, tell): # a stand-in; `tell(i, tokens, record)` sees wha
 
 def _dense_intermediates(model, x, *args, **kwargs):
     "The maker's `forward_intermediates` with every patch in its place; 0 for one that was dropped without fusion"
-    stand_in = _tapped(model, find_vit(model).path, lambda i, x, record: dense(x, record, fill='zero'))
+    stand_in = _tapped(model, find_vit(model).path,
+                       lambda i, x, record: dense(x, record, fill='zero'))
     return stand_in.forward_intermediates(x, *args, **kwargs)
 
 # %% ../nbs/02d_reduce.ipynb #ce56da04
 def _reduced(model): # the blocks that reduce, by index
-    return {i: b for i,b in enumerate(find_vit(model).blocks) if getattr(b, 'reducer', None) is not None}
+    return {i: b for i,b in enumerate(find_vit(model).blocks)
+            if getattr(b, 'reducer', None) is not None}
 
 def reducers_of(
     model:nn.Module, # a ViT, reduced or not; also inside torch.compile or data-parallel training
@@ -234,9 +245,11 @@ def reducers_of(
     found = {i: b.reducer for i,b in _reduced(model).items() if isinstance(b.reducer, kind)}
     if found or not needed: return found
     name = type(model).__name__
-    what = dict(Prune='pruned: call prune_vit(model)', Merge='merging: call merge_vit(model)',
-                Predict='a DynamicViT: call dynamic_vit(model)')
-    raise ValueError(f"This {name} is not {what.get(kind.__name__, 'reduced: call reduce_vit(model, method), or prune_vit(model)')} first.")
+    known = dict(Prune='pruned: call prune_vit(model)', Merge='merging: call merge_vit(model)',
+                 Predict='a DynamicViT: call dynamic_vit(model)')
+    what = known.get(kind.__name__,
+                     'reduced: call reduce_vit(model, method), or prune_vit(model)')
+    raise ValueError(f"This {name} is not {what} first.")
 
 def block_ids(
     model:nn.Module, # a ViT
@@ -249,8 +262,10 @@ def block_ids(
     bad = [b for b in blocks if not isinstance(b, Integral) or not 0<=b<depth]
     if bad or not blocks:
         there = f"; there is no block {bad[0]!r}." if bad else "."
-        raise ValueError(f"blocks={blocks}: name at least one, by index from 0 to {depth-1}{there}")
-    if len(set(blocks))<len(blocks): raise ValueError(f"blocks={blocks}: a block is named twice.")
+        raise ValueError(f"blocks={blocks}: name at least one, by index from 0 to "
+                         f"{depth-1}{there}")
+    if len(set(blocks))<len(blocks):
+        raise ValueError(f"blocks={blocks}: a block is named twice.")
     return blocks
 
 def insert_reducers(
@@ -260,7 +275,8 @@ def insert_reducers(
     "Let blocks of a ViT reduce tokens, in place; weights and state dict stay as they are"
     vit = find_vit(model)
     if now := reducers_of(model, needed=False):
-        raise ValueError(f"This model is reduced already, by {type(next(iter(now.values()))).__name__}: change it by "
+        name = type(next(iter(now.values()))).__name__
+        raise ValueError(f"This model is reduced already, by {name}: change it by "
                          "set_rate(model, ...), or undo it by restore_vit(model) first.")
     first,end = min(block_ids(model, reducers)),len(vit.blocks)-1
     for i,b in enumerate(vit.blocks):
@@ -293,8 +309,10 @@ def one_each(
     of:str='blocks that reduce' # what each is for
 )->list: # of n
     "One number for all, or one each, as a list"
-    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]*n
-    if len(values)!=n: raise ValueError(f"{name}: {len(values)} numbers for {n} {of}: give one, or one each.")
+    many = isinstance(value, Iterable) and not isinstance(value, str)
+    values = list(value) if many else [value]*n
+    if len(values)!=n:
+        raise ValueError(f"{name}: {len(values)} numbers for {n} {of}: give one, or one each.")
     return values
 
 def set_rate(
@@ -303,7 +321,8 @@ def set_rate(
 )->nn.Module: # the same model
     "Change how many tokens a model keeps"
     reducers = list(reducers_of(model).values())
-    values = [r.checked(v) for r,v in zip(reducers, one_each(value, len(reducers), reducers[0].knob))]
+    values = one_each(value, len(reducers), reducers[0].knob)
+    values = [r.checked(v) for r,v in zip(reducers, values)]
     for r,v in zip(reducers, values): setattr(r, r.knob, v)
     return model
 
@@ -314,7 +333,9 @@ def token_counts(
     "How many tokens are left"
     reducers,model = reducers_of(model),unwrap_model(model)
     start = find_vit(model).facts.n_patches if n_patches is None else n_patches
-    if start is None: raise ValueError(f"This {type(model).__name__} has no image size of its own: give n_patches.")
+    if start is None:
+        raise ValueError(f"This {type(model).__name__} has no image size of its own: "
+                         "give n_patches.")
     counts = [start]
     for r in reducers.values(): counts.append(r.left(counts[-1], start))
     return counts
@@ -340,7 +361,8 @@ def trace_records(
     model = unwrap_model(model)
     at,found = reducers_of(model),{}
     if x.dim()!=4:
-        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
+        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; "
+                         "x[None] makes a batch of one.")
     def tell(i, tokens, record):
         if i in at: found[i] = record
         return tokens # the next block takes what travels
@@ -354,7 +376,8 @@ def trace(
     x:Tensor # images [B, 3, H, W], as the model takes them
 )->list: # for each block that reduces: the position of each patch's token behind the prefix [B, N]; -1 for none
     "Which token holds each original patch, row by row from the top left"
-    return [r.owners().to(x.device).expand(x.shape[0], -1) for r in trace_records(model, x).values()]
+    records = trace_records(model, x).values()
+    return [r.owners().to(x.device).expand(x.shape[0], -1) for r in records]
 
 def scatter_back(
     x:Tensor, # tokens behind the prefix tokens [B, n, C]
@@ -364,7 +387,8 @@ def scatter_back(
     "Give every patch the features of the token that holds it"
     n = int(owners.max())+1
     if x.dim()!=3 or x.shape[1]!=n:
-        raise ValueError(f"x has shape {list(x.shape)}, but the owners name {n} tokens: [B, {n}, C] is needed, "
+        raise ValueError(f"x has shape {list(x.shape)}, but the owners name {n} tokens: "
+                         f"[B, {n}, C] is needed, "
                          "without prefix tokens: x[:,model.num_prefix_tokens:].")
     owners = owners.to(x.device).expand(x.shape[0], -1)
     y = take_tokens(x, owners.clamp(min=0)) * (owners>=0).unsqueeze(-1)

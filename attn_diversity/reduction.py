@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['take_tokens', 'Reduction', 'added_mask', 'narrow_mask', 'Record']
 
-# %% ../nbs/02b_reduction.ipynb #e505ef8d
+# %% ../nbs/02b_reduction.ipynb #13bce937
 from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/02b_reduction.ipynb #acb753cb
+# %% ../nbs/02b_reduction.ipynb #6ec6c382
 def take_tokens(
     x:Tensor, # [B, n, C]
     ids:Tensor # positions [B, K]
@@ -20,7 +20,7 @@ def take_tokens(
     rows = ids + n*torch.arange(b, device=x.device).unsqueeze(1)
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(b, ids.shape[1], c)
 
-# %% ../nbs/02b_reduction.ipynb #b1793c68
+# %% ../nbs/02b_reduction.ipynb #519ef4fb
 class Reduction(NamedTuple):
     "A linear map from n tokens to m, for all that is there once a token; positions are counted behind the prefix"
     kept:Tensor # positions that stay, in their new order [B, K]
@@ -40,17 +40,21 @@ class Reduction(NamedTuple):
     )->Tensor: # [B, prefix + m, C]
         "The tokens that are left"
         ids = self.kept + n_prefix
-        if n_prefix: ids = torch.cat([torch.arange(n_prefix, device=x.device).expand(x.shape[0], n_prefix), ids], 1)
+        if n_prefix:
+            front = torch.arange(n_prefix, device=x.device).expand(x.shape[0], n_prefix)
+            ids = torch.cat([front, ids], 1)
         if self.gone is None: return take_tokens(x, ids)
         gone = self.gone_weights.to(x.dtype).unsqueeze(-1) * take_tokens(x, self.gone+n_prefix)
         if self.extra:
-            left = take_tokens(x, torch.cat([ids, ids[:,:1]], 1)) # with a place for the new token
+            left = take_tokens(x, torch.cat([ids, ids[:,:1]], 1)) # and a place for the new one
             left[:,-1] = gone.sum(1)
             return left
         weights = self.kept_weights.to(x.dtype)
-        if n_prefix: weights = torch.cat([weights.new_ones(weights.shape[0], n_prefix), weights], 1)
+        if n_prefix:
+            weights = torch.cat([weights.new_ones(weights.shape[0], n_prefix), weights], 1)
         left = take_tokens(x, ids)*weights.unsqueeze(-1)
-        return left.scatter_add(1, (self.into+n_prefix).unsqueeze(-1).expand(-1, -1, x.shape[-1]), gone)
+        into = (self.into+n_prefix).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return left.scatter_add(1, into, gone)
 
     def sizes(self,
         size:Tensor # [B, n]
@@ -59,7 +63,8 @@ class Reduction(NamedTuple):
         kept = size.gather(1, self.kept)
         if self.gone is None: return kept
         gone = size.gather(1, self.gone)
-        return torch.cat([kept, gone.sum(1, keepdim=True)], 1) if self.extra else kept.scatter_add(1, self.into, gone)
+        if self.extra: return torch.cat([kept, gone.sum(1, keepdim=True)], 1)
+        return kept.scatter_add(1, self.into, gone)
 
     def along(self,
         t:Tensor, # anything with the n patches along one dimension [1 or B, ..., n, ...]
@@ -67,7 +72,12 @@ class Reduction(NamedTuple):
     )->Tensor: # the same with m [B, ..., m, ...]
         "Like the tokens, but always as means: weights that do not sum to 1 (EViT's) are made to"
         t = t.expand(self.kept.shape[0], *t.shape[1:]).movedim(dim, 1)
-        r = self._replace(gone_weights=self.gone_weights/self.gone_weights.sum(1, keepdim=True)) if self.extra else self
+        r = self
+        if self.extra: # where all weigh nothing, all weigh the same
+            w = self.gone_weights
+            total = w.sum(1, keepdim=True)
+            shares = torch.where(total>0, w/total.clamp(min=1e-30), 1/w.shape[1])
+            r = self._replace(gone_weights=shares)
         return r.tokens(t.flatten(2)).unflatten(2, t.shape[2:]).movedim(1, dim)
 
     def owners(self,
@@ -82,13 +92,14 @@ class Reduction(NamedTuple):
         if self.into is not None: place.scatter_(1, self.gone, self.into)
         return place.gather(1, owners.expand(place.shape[0], -1) % (n+1))
 
-# %% ../nbs/02b_reduction.ipynb #2c25de6e
+# %% ../nbs/02b_reduction.ipynb #de880427
 def added_mask(
     mask:Tensor, # bool (`True` = visible) or added, broadcastable to [B, H, N, N]
     dtype=torch.float32 # of a bool mask's numbers
 )->Tensor: # added, [1 or B, 1 or H, 1 or N, N]
     "A mask of any kind as numbers that are added before the softmax, with four dimensions"
-    if mask.dtype==torch.bool: mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    if mask.dtype==torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
     return mask.reshape((1,)*(4-mask.dim()) + mask.shape)
 
 def narrow_mask(
@@ -99,12 +110,13 @@ def narrow_mask(
     "An attention mask for the tokens that are left"
     for dim in (3,2):
         if mask.shape[dim]==1: continue # one row for all queries stays one
-        first,rest = mask.narrow(dim, 0, n_prefix),mask.narrow(dim, n_prefix, mask.shape[dim]-n_prefix)
+        first = mask.narrow(dim, 0, n_prefix)
+        rest = mask.narrow(dim, n_prefix, mask.shape[dim]-n_prefix)
         rest = reduction.along(rest.exp(), dim).log()
         mask = torch.cat([first.expand(rest.shape[0], *first.shape[1:]), rest], dim)
     return mask.clamp(min=torch.finfo(mask.dtype).min) # a row of -inf alone would be NaN
 
-# %% ../nbs/02b_reduction.ipynb #0fb6e77e
+# %% ../nbs/02b_reduction.ipynb #7f09b433
 class Record(NamedTuple):
     "What travels from block to block beside the tokens; never changed, only replaced"
     n:int # patches at the start
@@ -122,7 +134,8 @@ class Record(NamedTuple):
         "The record with one reduction more"
         size = self.size
         if sizes:
-            if size is None: size = torch.ones((reduction.kept.shape[0], self.n), device=reduction.kept.device)
+            kept = reduction.kept
+            if size is None: size = torch.ones((kept.shape[0], self.n), device=kept.device)
             size = reduction.sizes(size)
         return self._replace(reductions=(*self.reductions, reduction), size=size, known=known)
 

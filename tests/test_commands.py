@@ -46,12 +46,32 @@ def test_train_writes_everything_and_comes_back(photos, tmp_path):
     again = run('attn_diversity_train', photos, *small, '--out', tmp_path/'run')
     assert again.returncode!=0 and '--overwrite' in again.stderr
 
+@pytest.mark.parametrize('args,said,pruning,drawn', [
+    (('--method','tome','--r','1'), '9 -> 8 -> 7 -> 6 -> 5 -> 4', dict(method='tome', r=[1]*12), True),
+    (('--method','evit'), '9 -> 8 -> 7 -> 6 tokens, by evit',
+     dict(method='evit', keep_rate=[.7]*3, blocks=[3,6,9]), True),
+    (('--method','none'), 'all tokens, unpruned', dict(method='none'), False),
+], ids=lambda v: v[1] if isinstance(v, tuple) else None)
+def test_any_method_with_its_own_settings(args, said, pruning, drawn, photos, tmp_path):
+    r = run('attn_diversity_train', photos, *small, *args, '--out', tmp_path/'run')
+    assert r.returncode==0, r.stderr
+    assert said in r.stdout
+    assert json.loads((tmp_path/'run'/'model.json').read_text())['pruning']==pruning
+    assert (tmp_path/'run'/'kept_patches.png').exists()==drawn # of an unpruned model there is nothing to see
+
 @pytest.mark.parametrize('args,said', [
     (('nowhere',), 'nowhere is not there'),
     (('{photos}','--keep_rate','1.3'), 'keep_rate=1.3: the share of patches to keep must lie in (0, 1]'),
     (('{photos}','--indicator','varience'), 'take one of mean, variance, medad'),
     (('{photos}','--arch','vit_smal'), "no model 'vit_smal'"),
-    (('{photos}','--arch','swin_tiny_patch4_window7_224','--scratch'), 'Cannot prune a SwinTransformer'),
+    (('{photos}','--arch','swin_tiny_patch4_window7_224','--scratch'), 'tokens of this SwinTransformer'),
+    (('{photos}','--method','merge'), 'take one of mean, variance, medad, random, evit, tome, dynamicvit, none'),
+    (('{photos}','--method','tome','--keep_rate','0.3'), 'keep_rate: ToMe has no such setting, only r'),
+    (('{photos}','--r','5'), 'r: variance has no such setting'),
+    (('{photos}','--method','none','--keep_rate','0.3'), 'keep_rate: unpruned has no such setting'),
+    (('{photos}','--method','tome','--no_fuse'), 'fuse: ToMe has no such setting'),
+    (('{photos}','--method','tome','--indicator','nonsense'), 'Give one of them'),
+    (('{photos}','--method','evit','--compile'), 'Train it without compile'),
     (('{photos}','--img_size','50','--scratch','--arch','vit_tiny_patch16_224'), '50'),
     (('{photos}','--checkpoint','none.safetensors','--img_size','48','--arch','vit_tiny_patch16_224'),
      'none.safetensors is not there'),
