@@ -17,6 +17,7 @@ from .indicators import attention_mean, INDICATORS, median, random_scores
 from .methods import METHODS, twin_of
 from .pruning import checked_rate, indicator_name, kept_count, Prune, trace_patches
 from .reduce import insert_reducers, ReducedBlock, reducers_of, restore_vit, trace_records
+from .reduction import Reduction
 from .vis import (describe, fade, fit_title, patch_layout, patch_mask, picture_axes, pixel_mask,
                                 to_images, token_ids)
 
@@ -32,6 +33,12 @@ def listen_in(
         tell(record, behind, heard)
         return x, behind
     block.step = listening
+
+class _Everything(Prune):
+    "A stage that keeps every token in its place"
+    def works(self, n, start): return True
+    def forward(self, x, record, heard, mask):
+        return Reduction(torch.arange(x.shape[1]-record.n_prefix, device=x.device).expand(len(x), -1))
 
 @torch.no_grad()
 def head_maps(
@@ -49,14 +56,14 @@ def head_maps(
     twin,told = twin_of(model).eval(),[]
     reducers = reducers_of(twin, needed=False)
     if reducers: restore_vit(twin)
-    nothing = Prune(1., attention_mean, class_token=facts.class_token)
-    insert_reducers(twin, {block: nothing, **reducers})
+    listener = _Everything(1., attention_mean, class_token=facts.class_token)
+    insert_reducers(twin, {block: listener, **reducers})
     listen_in(find_vit(twin).blocks[block], lambda *said: told.append(said))
     (twin.forward_features if hasattr(twin, 'forward_features') else twin)(x)
     before,behind,heard = told[0]
     early = block in reducers and reducers[block].early # then attention meets what is left
     ids = token_ids(behind if early else before)
-    return nothing.rows(heard, facts.n_prefix), ids.to(x.device).expand(len(x), -1)
+    return listener.rows(heard, facts.n_prefix), ids.to(x.device).expand(len(x), -1)
 
 # %% ../nbs/11b_anatomy.ipynb #e8022251
 def on_grid(

@@ -18,7 +18,7 @@ from types import FunctionType
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 from .attention import hear
-from .families import class_name, FAMILIES, find_vit, maker_of
+from .families import class_name, FAMILIES, find_vit
 from .reduction import added_mask, narrow_mask, Record, Reduction, take_tokens
 
 # %% ../nbs/02d_reduce.ipynb #30ab067d
