@@ -60,7 +60,8 @@ class Predict(Reducer):
         self.held = (predictor,) # its parameters are the model's
 
     @property
-    def share(self): return math.prod([r.keep_rate for r in (*self.earlier, self)]) # of all patches
+    def share(self): # of all patches
+        return math.prod([r.keep_rate for r in (*self.earlier, self)])
     def checked(self, value): return checked_rate(value)
     def kept(self, n, start): return min(n, floor_count(start, self.share))
     def works(self, n, start): return self.training or super().works(n, start)
@@ -127,8 +128,9 @@ def ratio_loss(
 )->Tensor: # a number
     "How far each image's kept fraction is from its target, squared"
     if len(kept)!=len(shares):
-        raise ValueError(f"{len(kept)} decisions for {len(shares)} stages: those of one forward are needed. A DynamicViT "
-                         "decides in training mode: call model.train(), and open decisions(model) for each forward.")
+        raise ValueError(f"{len(kept)} decisions for {len(shares)} stages: those of one forward are needed. A "
+                         "DynamicViT decides in training mode: call model.train(), and open decisions(model) for each "
+                         "forward.")
     return torch.stack([(d.mean(1)-s).square().sum()/max(len(d), 1) for d,s in zip(kept, shares)]).mean()
 
 def token_loss(

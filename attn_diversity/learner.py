@@ -141,7 +141,7 @@ def find_recipe(
     if recipe not in RECIPES: raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
     return RECIPES[recipe]
 
-# %% ../nbs/10_learner.ipynb #df9298a7
+# %% ../nbs/10_learner.ipynb #adf5cc13
 def _create(arch, n_classes, img_size, pretrained, **kw): # a timm model; without a network the error says what to do
     if not timm.is_model(arch):
         similar = ', '.join(timm.list_models(f"*{arch.split('_')[0]}*")[:8]) or 'none'
@@ -210,7 +210,7 @@ def thin_vit(
         if checkpoint is not None: load_weights(model, checkpoint) # the head, too, where it fits
     return model
 
-# %% ../nbs/10_learner.ipynb #77fb75f3
+# %% ../nbs/10_learner.ipynb #13ac6ecb
 def _normalise(dls, mean, std): # images as the architecture wants them, in place of an earlier architecture's
     norm = Normalize.from_stats(mean, std)
     norm.by_arch = True
@@ -233,8 +233,7 @@ def _statistics(model): # mean and standard deviation that images are normalised
     default = dict(mean=timm.data.IMAGENET_DEFAULT_MEAN, std=timm.data.IMAGENET_DEFAULT_STD)
     return {k: list(cfg.get(k, v)) for k,v in default.items()}
 
-def _check_teacher(teacher, n_classes, size, stats): # what it sees is normalised for the model
-    check_teacher(teacher, n_classes, size)
+def _warn_of_teacher(teacher, stats): # what it sees is normalised for the model
     seen = getattr(teacher, 'recipe', None) or getattr(teacher, 'pretrained_cfg', None) or {}
     if any(list(seen.get(k, v))!=v for k,v in stats.items()):
         warnings.warn("The teacher was made for images normalised otherwise than the model's, and will see the "
@@ -302,18 +301,20 @@ def prune_learner(
     size,n_classes = _side(dls),get_c(dls)
     if n_classes<2: raise ValueError(f"The data has {n_classes} classes: at least 2 are needed.")
 
+    if teacher is not None: check_teacher(teacher, n_classes, size)
+    own = [CosineSchedule(), *pkgutil.resolve_name(find_method(method).training)(teacher), *how.callbacks()]
+    if amp: own.append(MixedPrecision('bf16' if amp=='bfloat16' else 'fp16'))
+
     settings = dict(keep_rate=keep_rate, r=r, blocks=blocks, fuse=fuse, temperature=temperature)
     model = thin_vit(arch, method, settings, n_classes, size, stride, pretrained, checkpoint, **kwargs)
     stats = _statistics(model)
-    if teacher is not None: _check_teacher(teacher, n_classes, size, stats)
     _normalise(dls, **stats)
+    if teacher is not None: _warn_of_teacher(teacher, stats)
     if recipe=='paper' and dls.train.bs!=how.batch_size and lr is None:
         warnings.warn(f"The paper's learning rate, {how.lr:g}, belongs to batches of {how.batch_size} images, and "
                       f"these are of {dls.train.bs}: pass lr=, or make the data with batch_size={how.batch_size}.",
                       stacklevel=2)
 
-    own = [CosineSchedule(), *pkgutil.resolve_name(find_method(method).training)(teacher), *how.callbacks()]
-    if amp: own.append(MixedPrecision('bf16' if amp=='bfloat16' else 'fp16'))
     net = torch.compile(model, **({} if compile is True else dict(backend=compile))) if compile else model
     learn = Learner(dls, net, loss_func=CrossEntropyLossFlat() if loss_func is None else loss_func,
                     metrics=metrics, cbs=[*own, *listify(cbs)], path=path, **how.optimizer())

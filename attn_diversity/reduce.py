@@ -244,12 +244,15 @@ def reducers_of(
     model = unwrap_model(model)
     found = {i: b.reducer for i,b in _reduced(model).items() if isinstance(b.reducer, kind)}
     if found or not needed: return found
-    name = type(model).__name__
-    known = dict(Prune='pruned: call prune_vit(model)', Merge='merging: call merge_vit(model)',
-                 Predict='a DynamicViT: call dynamic_vit(model)')
-    what = known.get(kind.__name__,
-                     'reduced: call reduce_vit(model, method), or prune_vit(model)')
-    raise ValueError(f"This {name} is not {what} first.")
+    name,others = type(model).__name__,_reduced(model)
+    if others:
+        by = type(next(iter(others.values())).reducer).__name__
+        raise ValueError(f"The tokens of this {name} are reduced by {by}, not by {kind.__name__}: change it by "
+                         "set_rate(model, ...), or undo it by restore_vit(model).")
+    what = dict(Prune='not pruned: call prune_vit(model) first.', Merge='not merging: call merge_vit(model) first.',
+                Predict='not a DynamicViT: call dynamic_vit(model) first.')
+    other = 'not reduced: call reduce_vit(model, method), or prune_vit(model) first.'
+    raise ValueError(f"This {name} is {what.get(kind.__name__, other)}")
 
 def block_ids(
     model:nn.Module, # a ViT
