@@ -1,5 +1,5 @@
 "Everything that the library exports is explained and used."
-import inspect, json, re
+import dataclasses, inspect, json, re
 from importlib import import_module
 from pathlib import Path
 import pytest
@@ -21,6 +21,7 @@ def uses(code, name):
     code = re.sub(r'^\s*(from|import) .*$|#.*$', '', code, flags=re.M)
     return re.search(rf'\b{name}\b', code) is not None
 def own(o): # what has the parameters: a function, or the __init__ that a class writes itself
+    if dataclasses.is_dataclass(o): return None # its fields stand in a class body, each with its comment
     return o if inspect.isfunction(o) else vars(o).get('__init__') if inspect.isclass(o) else None
 
 def shape(s): return re.search(r'\[.*\]|\ba number\b', s)
