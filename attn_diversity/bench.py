@@ -9,7 +9,6 @@ __all__ = ['speed_table', 'benchmark', 'plot_speed']
 import copy
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, timm, torch
 from fastcore.basics import listify
-from torch import nn
 from .indicators import get_indicator
 from .measure import count_flops, peak_memory, throughput, training_throughput
 from .overlap import overlap_patches

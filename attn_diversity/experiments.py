@@ -201,7 +201,8 @@ def _fit(learn, epochs, folder, seed, *cbs): # with the columns of the tables; r
     set_seed(seed)
     learn.dls.train.rng.seed(seed) # every run sees the images in the same order
     begun = any(Path(folder).glob('checkpoints/*.pt'))
-    result = fit_saved(learn, epochs, folder, resume=begun, cbs=[FlopsCallback(), ThroughputCallback(), *cbs], seed=seed)
+    columns = [FlopsCallback(), ThroughputCallback()]
+    result = fit_saved(learn, epochs, folder, resume=begun, cbs=[*columns, *cbs], seed=seed)
     save_vit(learn, folder, **result)
     return dict(result, seconds=float(pd.read_csv(folder/'history.csv').seconds.sum()))
 

@@ -19,8 +19,8 @@ from .reduce import reducers_of
 # %% ../nbs/04_overlap.ipynb #876c9f2a
 def _grid(size, patch, stride): # patches along each side of images of that size
     if any(s<p for s,p in zip(size, patch)):
-        raise ValueError(f"Images of {size[0]} x {size[1]} pixels hold no patch of {patch[0]} x {patch[1]}: "
-                         "make them at least as large as a patch.")
+        raise ValueError(f"Images of {size[0]} x {size[1]} pixels hold no patch of "
+                         f"{patch[0]} x {patch[1]}: make them at least as large as a patch.")
     return tuple((s-p)//t + 1 for s,p,t in zip(size, patch, stride))
 
 class OverlapPatchEmbed(PatchEmbed):
@@ -31,20 +31,25 @@ class OverlapPatchEmbed(PatchEmbed):
         grid = _grid(size, self.patch_size, self.proj.stride)
         return size, grid, grid[0]*grid[1]
 
-    def dynamic_feat_size(self, img_size): return _grid(img_size, self.patch_size, self.proj.stride)
-    def feat_ratio(self, as_scalar=True): return max(self.proj.stride) if as_scalar else self.proj.stride
+    def dynamic_feat_size(self, img_size):
+        return _grid(img_size, self.patch_size, self.proj.stride)
+
+    def feat_ratio(self, as_scalar=True):
+        return max(self.proj.stride) if as_scalar else self.proj.stride
 
     def set_input_size(self, img_size=None, patch_size=None):
         if patch_size is not None and to_2tuple(patch_size)!=self.patch_size:
-            raise ValueError(f"patch_size={patch_size}: an overlapping patch embedding keeps its patch size of "
-                             f"{self.patch_size[0]} x {self.patch_size[1]}. Change it before overlap_patches.")
+            p,q = self.patch_size
+            raise ValueError(f"patch_size={patch_size}: an overlapping patch embedding keeps its "
+                             f"patch size of {p} x {q}. Change it before overlap_patches.")
         super().set_input_size(img_size)
 
     def forward(self, x):
         size = tuple(x.shape[-2:])
         if self.strict_img_size and self.img_size not in (None, size):
-            raise ValueError(f"The images are {size[0]} x {size[1]} pixels, the model takes {self.img_size[0]} x "
-                             f"{self.img_size[1]}: call model.set_input_size.")
+            (h,w),(own_h,own_w) = size,self.img_size
+            raise ValueError(f"The images are {h} x {w} pixels, the model takes {own_h} x {own_w}: "
+                             "call model.set_input_size.")
         self.dynamic_feat_size(size) # no image without a patch
         x = self.proj(x)
         if self.flatten: x = x.flatten(2).transpose(1, 2)
@@ -93,7 +98,7 @@ def _checked_stride(embed, stride): # (rows, columns) to step by
 # %% ../nbs/04_overlap.ipynb #6f1c0a15
 def overlap_patches(
     model:nn.Module, # a timm VisionTransformer, Eva or Beit, not pruned yet
-    stride:int=12 # pixels from one patch to the next: from 1 to the patch size, which changes nothing
+    stride:int=12 # pixels from one patch to the next, from 1 to the patch size: no overlap
 )->nn.Module: # the same model
     "Let the patches of a timm ViT overlap, in place; positions are those of the larger grid"
     _refuse(model)
@@ -107,7 +112,8 @@ def overlap_patches(
     embed.img_size,embed.grid_size,embed.num_patches = embed._init_img_size(embed.img_size)
     if model.pos_embed is not None:
         n_prefix = 0 if getattr(model, 'no_embed_class', False) else model.num_prefix_tokens
-        pos = resample_abs_pos_embed(model.pos_embed.detach(), grid, old, num_prefix_tokens=n_prefix)
+        pos = model.pos_embed.detach()
+        pos = resample_abs_pos_embed(pos, grid, old, num_prefix_tokens=n_prefix)
         model.pos_embed = nn.Parameter(pos, requires_grad=model.pos_embed.requires_grad)
     if getattr(model, 'rope', None) is not None: model.rope.update_feat_shape(grid)
     model.feature_info = [dict(f, reduction=int(stride)) for f in model.feature_info]
