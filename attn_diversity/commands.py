@@ -9,7 +9,7 @@ __all__ = ['train', 'prepare_command', 'sweep', 'report_command', 'bench', 'demo
 import copy, json, platform, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from fastcore.script import call_parse
 from timm.models import VisionTransformer

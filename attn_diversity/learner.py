@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-import fastai.callback.all # gives a Learner fit_one_cycle, lr_find, to_fp16 and progress bars
+import fastai.callback.all # noqa: F401 gives a Learner fit_one_cycle, lr_find, to_fp16 and progress bars
 import safetensors.torch, timm, torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos

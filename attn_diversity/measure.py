@@ -36,14 +36,14 @@ def fused_attention(
     "The fused path of attention, for a while"
     eager = [m for m in model.modules() if getattr(m, 'fused_attn', True) is False]
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False) # nn.MultiheadAttention's, which nobody can look into
+    torch.backends.mha.set_fastpath_enabled(False) # of nn.MultiheadAttention
     for m in eager: m.fused_attn = True
     try: yield model
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for m in eager: m.fused_attn = False
 
-def _tensors(module, inputs, out): # a reduced block hands on a record, too, of which a trace knows nothing
+def _tensors(module, inputs, out): # without the record that a reduced block hands on
     return tuple(o for o in out if torch.is_tensor(o)) if type(out) is tuple else out
 
 def flop_count(
@@ -107,21 +107,24 @@ def example_images(
     return torch.randn(n, channels, *size, generator=chance).to(p.device, p.dtype)
 
 # %% ../nbs/07_measure.ipynb #c39231b2
-_BLOCK = re.compile(r'(?:.*?\.)?(?:blocks|layers?|resblocks)\.\d+(?:\.(\w+).*)?') # of timm, transformers, open_clip
-_WORDS = dict(norm='norms', ln_='norms', pool='pooling', attn='attention', attention='attention', mlp='MLP',
-              ffn='MLP', reducer='pruning', predictors='pruning', embed='embedding') # in the names of modules
+# a block, and its part, as timm, transformers and open_clip name them
+_BLOCK = re.compile(r'(?:.*?\.)?(?:blocks|layers?|resblocks)\.\d+(?:\.(\w+).*)?')
+# words in the names of modules
+_WORDS = dict(norm='norms', ln_='norms', pool='pooling', attn='attention', attention='attention',
+              mlp='MLP', ffn='MLP', reducer='pruning', predictors='pruning', embed='embedding')
 
 def _part(name, op): # what part of a ViT an operation of the module `name` belongs to
     block = _BLOCK.fullmatch(name)
-    if block and not block[1]: return 'pruning' if op=='sum' else 'attention' # what a block does by itself
+    if block and not block[1]: return 'pruning' if op=='sum' else 'attention' # by itself
     said = block[1] if block else name
-    return next((part for word,part in _WORDS.items() if word in said), said.split('.')[0] or 'other')
+    known = next((part for word,part in _WORDS.items() if word in said), None)
+    return known or said.split('.')[0] or 'other'
 
 def count_flops(
     model:nn.Module, # a model of images [B, 3, H, W]
     img_size=None # side of the images in pixels, or (height, width); default the model's own
 )->Measured: # GFLOPs of one image; `.parts` by part of the model
-    "GFLOPs by fvcore's convention: one multiply-add counts 1, a LayerNorm 5 a value, softmax and GELU 0"
+    "GFLOPs by fvcore's convention: a multiply-add is 1, a LayerNorm 5 a value, softmax and GELU 0"
     model = unwrap_model(model)
     x = example_images(model, 1, img_size)
     with evaluating(model): count = flop_count(model, x)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from .bench import speed_table
 from .dynamicvit import dynamic_vit, Predict
-from .families import find_vit
 from .indicators import INDICATORS
 from .measure import count_flops, example_images
 from .pruning import indicator_name, Prune, prune_vit

@@ -40,16 +40,16 @@ class OverlapPatchEmbed(PatchEmbed):
     def set_input_size(self, img_size=None, patch_size=None):
         if patch_size is not None and to_2tuple(patch_size)!=self.patch_size:
             p,q = self.patch_size
-            raise ValueError(f"patch_size={patch_size}: an overlapping patch embedding keeps its "
-                             f"patch size of {p} x {q}. Change it before overlap_patches.")
+            raise ValueError(f"patch_size={patch_size}: an overlapping patch embedding keeps "
+                             f"its patch size of {p} x {q}. Change it before overlap_patches.")
         super().set_input_size(img_size)
 
     def forward(self, x):
         size = tuple(x.shape[-2:])
         if self.strict_img_size and self.img_size not in (None, size):
             (h,w),(own_h,own_w) = size,self.img_size
-            raise ValueError(f"The images are {h} x {w} pixels, the model takes {own_h} x {own_w}: "
-                             "call model.set_input_size.")
+            raise ValueError(f"The images are {h} x {w} pixels, the model takes {own_h} x "
+                             f"{own_w}: call model.set_input_size.")
         self.dynamic_feat_size(size) # no image without a patch
         x = self.proj(x)
         if self.flatten: x = x.flatten(2).transpose(1, 2)
