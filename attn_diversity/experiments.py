@@ -22,7 +22,7 @@ from .data import IMAGENET100, VALID_NAMES, digits_dls, folder_dls, imagenet100_
 from .families import find_vit
 from .learner import find_recipe, prune_learner, save_vit
 from .measure import count_flops, device_name, throughput
-from .methods import find_method, match_flops, method_config, METHODS, reduce_vit, twin_of
+from .methods import find_method, match_flops, method_config, reduce_vit, twin_of
 from .resume import fit_saved
 from .vis import plot_tradeoff
 

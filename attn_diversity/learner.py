@@ -141,7 +141,7 @@ def find_recipe(
     if recipe not in RECIPES: raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
     return RECIPES[recipe]
 
-# %% ../nbs/10_learner.ipynb #72ff2aba
+# %% ../nbs/10_learner.ipynb #c406cc60
 def _create(arch, n_classes, img_size, pretrained, **kw): # a timm model; without a network the error says what to do
     if not timm.is_model(arch):
         similar = ', '.join(timm.list_models(f"*{arch.split('_')[0]}*")[:8]) or 'none'
@@ -210,7 +210,7 @@ def thin_vit(
         if checkpoint is not None: load_weights(model, checkpoint) # the head, too, where it fits
     return model
 
-# %% ../nbs/10_learner.ipynb #011c8dd3
+# %% ../nbs/10_learner.ipynb #22242db6
 def _normalise(dls, mean, std): # images as the architecture wants them, in place of an earlier architecture's
     norm = Normalize.from_stats(mean, std)
     norm.by_arch = True

@@ -35,15 +35,15 @@ def merge_counts(
 
 @dataclass(frozen=True)
 class Method:
-    "What a way to make a ViT cheaper has to answer; the rest of the library asks, and knows none by name"
+    "What a way to make a ViT cheaper has to answer; nobody else knows one by its name"
     title:str # as a figure says it
     colour:str # in every figure
     apply:Callable # (model, **settings) -> the same model
     reducer:type=Reducer # what it puts into blocks
-    knob:str='keep_rate' # the setting that decides about the cost; None where there is nothing to decide
+    knob:str='keep_rate' # the setting that decides about the cost; None: nothing to decide
     settings:tuple=() # its others
     fixed:dict=field(default_factory=dict) # what this name settles
-    training:str='attn_diversity.teachers:distil' # 'module:function', (teacher) -> callbacks of its training
+    training:str='attn_diversity.teachers:distil' # (teacher) -> callbacks that it trains with
     drawable:bool=True # off the shelf
     compiles:bool=True # in training, too
     values:Callable=keep_rates # (patches of an image) -> values of the knob, cheapest first
@@ -70,7 +70,8 @@ METHODS = dict(
     variance=_pruned('variance', '#0072B2', indicator='variance'),
     medad=_pruned('MedAD', '#D55E00', indicator='medad'),
     random=_pruned('random', '#999999', indicator='random'),
-    evit=Method('EViT', '#009E73', prune_vit, Prune, settings=('blocks',), fixed=dict(indicator='mean', fuse='raw'),
+    evit=Method('EViT', '#009E73', prune_vit, Prune, settings=('blocks',),
+                fixed=dict(indicator='mean', fuse='raw'),
                 training='attn_diversity.teachers:falling_rate', compiles=False),
     tome=Method('ToMe', '#CC79A7', merge_vit, Merge, knob='r', values=merge_counts),
     dynamicvit=Method('DynamicViT', '#E69F00', dynamic_vit, Predict, settings=('blocks',),
@@ -82,7 +83,8 @@ def method_name(
 )->str: # an own one is marked where it could be taken for one of ours
     "What to call a method in print"
     if isinstance(method, str): return method
-    if isinstance(method, Method): return next((n for n,m in METHODS.items() if m is method), method.title)
+    if isinstance(method, Method):
+        return next((n for n,m in METHODS.items() if m is method), method.title)
     name = indicator_name(method)
     return f'{name} (own)' if name in METHODS and INDICATORS.get(name) is not method else name
 
@@ -93,10 +95,11 @@ def find_method(
     if isinstance(method, Method): return method
     if isinstance(method, str):
         if method in METHODS: return METHODS[method]
-        raise ValueError(f"Unknown method '{method}': take one of {', '.join(METHODS)}, or pass a callable "
-                         "[B, H, N] -> [B, N] that scores patches.")
+        raise ValueError(f"Unknown method '{method}': take one of {', '.join(METHODS)}, "
+                         "or pass a callable [B, H, N] -> [B, N] that scores patches.")
     if not callable(method):
-        raise TypeError(f"method is a {type(method).__name__}: pass one of {', '.join(METHODS)}, or a callable.")
+        raise TypeError(f"method is a {type(method).__name__}: pass one of "
+                        f"{', '.join(METHODS)}, or a callable.")
     name = method_name(method)
     return METHODS.get(name) or _pruned(name, '#8C564B', indicator=method)
 
@@ -111,25 +114,28 @@ def reduce_vit(
 # %% ../nbs/07c_methods.ipynb #3b7a1c08
 def method_config(
     model:nn.Module # a ViT, reduced or not
-)->dict: # what to call `reduce_vit` with, in plain types; an own indicator by its name and '(own)'
+)->dict: # what to call `reduce_vit` with, in plain types; own indicators by name and '(own)'
     "How a model was made cheaper"
     reducers = reducers_of(model, needed=False)
     if not reducers: return dict(method='none')
-    said,(kind,*others) = [r.settings() for r in reducers.values()],{type(r) for r in reducers.values()}
-    knob = next(iter(reducers.values())).knob
+    first,said = next(iter(reducers.values())),[r.settings() for r in reducers.values()]
+    kind,knob = type(first),first.knob
     same = [k for k in said[0] if k!=knob] # what all blocks must have in common
-    if others or any(s[k]!=said[0][k] for s in said for k in same):
-        raise ValueError("The stages of this model are reduced in different ways, which cannot be written down: "
-                         f"give all of them the same {', '.join(same) or 'method'}.")
+    alike = all(type(r) is kind for r in reducers.values())
+    if not alike or any(s[k]!=said[0][k] for s in said for k in same):
+        raise ValueError("The stages of this model are reduced in different ways, which cannot "
+                         f"be written down: give all the same {', '.join(same) or 'method'}.")
     rows = {n: m for n,m in METHODS.items()
             if m.reducer is kind and all(said[0].get(k)==v for k,v in m.fixed.items())}
-    name = max(rows, key=lambda n: len(rows[n].fixed), default=None) # EViT's row says more than that of the mean
+    name = max(rows, key=lambda n: len(rows[n].fixed), default=None) # EViT before the mean
     if name is None:
-        if kind is not Prune: raise ValueError(f"No row of METHODS puts a {kind.__name__} into blocks: add yours.")
+        if kind is not Prune:
+            raise ValueError(f"No row of METHODS puts a {kind.__name__} into blocks: add yours.")
         name = said[0]['indicator']
         name = name if name.endswith(' (own)') else f'{name} (own)'
     settings = METHODS[name].settings if name in METHODS else ('blocks','fuse','temperature')
-    config = {knob: [s[knob] for s in said], **{k: said[0][k] for k in settings if k in said[0]}}
+    config = {k: said[0][k] for k in settings if k in said[0]}
+    config = {knob: [s[knob] for s in said], **config}
     if 'blocks' in settings: config['blocks'] = list(reducers)
     return dict(method=name, **config)
 
@@ -151,7 +157,8 @@ def match_flops(
     row = find_method(method)
     if row.knob is None: return {}
     twin = row(twin_of(model), **kwargs).eval()
-    n = next(iter(trace_records(twin, example_images(twin, 1, img_size)).values())).n # patches of an image
+    records = trace_records(twin, example_images(twin, 1, img_size))
+    n = next(iter(records.values())).n # patches of an image
     values,known = row.values(n),{}
     def tokens(value): return tuple(token_counts(set_rate(twin, value), n))
     def cost(value): # what keeps as many tokens costs as much
@@ -161,21 +168,23 @@ def match_flops(
     low,high = 0,len(values)-1
     least,most = cost(values[low]),cost(values[high])
     if not .99*least<=gflops<=1.01*most:
-        raise ValueError(f"gflops={gflops:g}: {row.title} reaches {least:.2f} to {most:.2f} GFLOPs with this model and "
-                         "image size.")
+        raise ValueError(f"gflops={gflops:g}: {row.title} reaches {least:.2f} to {most:.2f} "
+                         "GFLOPs with this model and image size.")
     while high-low>1: # cost of low <= gflops <= cost of high
         mid = (low+high)//2
         low,high = (mid,high) if cost(values[mid])<=gflops else (low,mid)
     found = min((values[low], values[high]), key=lambda v: abs(cost(v)-gflops))
     if not isinstance(found, float): return {row.knob: found}
-    rounder = (round(found, 1), round(found-.005, 2), round(found+.005, 2)) # 0.7 rather than 0.695, if it keeps as many
+    # 0.7 rather than 0.695, if it keeps as many tokens
+    rounder = (round(found, 1), round(found-.005, 2), round(found+.005, 2))
     return {row.knob: next((v for v in rounder if 0<v<=1 and tokens(v)==tokens(found)), found)}
 
 # %% ../nbs/07c_methods.ipynb #9f4830a1
-def _read(model, x, labelled): # what the head of a model reads [B, C], and its logits, where there are labels
+def _read(model, x, labelled): # what the head of a model reads [B, C], and what it says of it
     if hasattr(model, 'forward_head'): # timm
         features = model.forward_features(x)
-        return model.forward_head(features, pre_logits=True), model.forward_head(features) if labelled else None
+        logits = model.forward_head(features) if labelled else None
+        return model.forward_head(features, pre_logits=True), logits
     out = model(x) # transformers, open_clip
     if torch.is_tensor(out): return out, out
     if getattr(out, 'logits', None) is not None: return out.logits, out.logits
@@ -189,18 +198,20 @@ def _split(batch): # (images, labels or None), as plain tensors, of what a loade
 @torch.inference_mode()
 def quality(
     models:dict, # name: model; the first is the unpruned one that the others are compared with
-    batches # of images [B, 3, H, W] as the models take them, or of (images, labels [B]), such as a DataLoader
-)->pd.DataFrame: # a row a model: similarity of what its head reads, standard error, images; with labels accuracy
+    batches # of images [B, 3, H, W] as the models take them, or of (images, labels [B])
+)->pd.DataFrame: # a row a model: similarity, standard error, images; with labels accuracy
     "What is left of pruned models: similarity to the unpruned one and, with labels, accuracy"
     base = next(iter(models))
-    device,cos,right = next(models[base].parameters()).device,{n: [] for n in models},{n: [] for n in models}
+    device = next(models[base].parameters()).device
+    cos,right = {n: [] for n in models},{n: [] for n in models}
     for x,y in map(_split, batches):
         x,want = x.to(device),None
         for n,m in models.items():
             with evaluating(m): token,logits = _read(m, x, y is not None)
             if token.dim()!=2:
-                raise ValueError(f"What the head of {n!r} reads has the shape {list(token.shape)}, but one vector an "
-                                 "image is compared. Give the models a pooling: model.reset_classifier(0, 'avg').")
+                raise ValueError(f"What the head of {n!r} reads has the shape "
+                                 f"{list(token.shape)}, but one vector an image is compared. "
+                                 "Give the models a pooling: model.reset_classifier(0, 'avg').")
             token = token.float()
             want = token if want is None else want
             cos[n] += torch.cosine_similarity(token, want).tolist()
@@ -223,26 +234,29 @@ def _named(methods): # {name: method}; of two with one name the second gets a nu
     return named
 
 def compare(
-    methods, # names in `METHODS`, indicators, or a dict of models that are made (and trained) already
+    methods, # names in `METHODS`, indicators, or a dict of models that are made already
     model:nn.Module, # the unpruned ViT; left as it is
     gflops:float=None, # what all are to cost; default as variance at keep rate 0.7
     batches=None, # images, or (images, labels), for similarity and accuracy
     batch_size:int=32, # images a batch, for the time
     img_size=None, # side of the images in pixels, or (height, width); default the model's own
     **kwargs # for `throughput`: seconds, amp, channels_last, compile
-)->pd.DataFrame: # a row a method: setting, GFLOPs, images/s, gain, realised saving, similarity, accuracy
+)->pd.DataFrame: # a row a method: setting, GFLOPs, speed, and similarity or accuracy
     "Methods at equal cost on one model, against the model itself"
     models,settings = {'unpruned': model},{}
     if isinstance(methods, dict): models.update(methods)
     else:
-        if gflops is None: gflops = float(count_flops(reduce_vit(twin_of(model), keep_rate=.7), img_size))
+        if gflops is None:
+            gflops = float(count_flops(reduce_vit(twin_of(model), keep_rate=.7), img_size))
         for name,m in _named(methods).items():
             settings[name] = match_flops(model, gflops, m, img_size)
             models[name] = reduce_vit(twin_of(model), m, **settings[name])
-    table = speed_table(models, batch_size, img_size, **kwargs).rename(columns={'model': 'method'})
+    table = speed_table(models, batch_size, img_size, **kwargs)
+    table = table.rename(columns={'model': 'method'})
     said = [', '.join(f'{k} {v:g}' for k,v in settings.get(n, {}).items()) for n in models]
     table.insert(1, 'setting', said)
     if batches is None: return table
-    left = table.merge(quality(models, batches).rename(columns={'model': 'method'}), on='method')
+    left = quality(models, batches).rename(columns={'model': 'method'})
+    left = table.merge(left, on='method')
     left.attrs = table.attrs
     return left
