@@ -112,7 +112,9 @@ def narrow_mask(
         if mask.shape[dim]==1: continue # one row for all queries stays one
         first = mask.narrow(dim, 0, n_prefix)
         rest = mask.narrow(dim, n_prefix, mask.shape[dim]-n_prefix)
-        rest = reduction.along(rest.exp(), dim).log()
+        seen = reduction.along(rest.exp(), dim)
+        log = seen.clamp(min=torch.finfo(seen.dtype).tiny).log() # log(0) has no gradient but nan
+        rest = torch.where(seen>0, log, -torch.inf)
         mask = torch.cat([first.expand(rest.shape[0], *first.shape[1:]), rest], dim)
     return mask.clamp(min=torch.finfo(mask.dtype).min) # a row of -inf alone would be NaN
 

@@ -153,6 +153,9 @@ def test_masks_never_make_nan(method):
             assert y.isfinite().all(), (hide, mask.dtype)
             g, = torch.autograd.grad(y[1].sum(), x, retain_graph=True)
             assert g.isfinite().all() and (g[0]==0).all() and g[1].any()
+            model.zero_grad()
+            y.square().sum().backward(retain_graph=True)
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 @pytest.mark.parametrize('method', settings)
 def test_hooks_empty_batches_and_the_meta_device(method):
