@@ -106,6 +106,7 @@ class ReducedBlock:
         x,heard = hear(partial(half, self, x, **kw), partial(self.on_its_way, record), product)
         if works:
             x,record = self.reduce(x, record, handed, mask, heard)
+            del heard # the MLP needs the memory
             x = self.family.mlp(self, x)
         return x, record
 
