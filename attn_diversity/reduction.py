@@ -51,7 +51,7 @@ class Reduction(NamedTuple):
             return left
         weights = self.kept_weights.to(x.dtype)
         if n_prefix:
-            weights = torch.cat([weights.new_ones(weights.shape[0], n_prefix), weights], 1)
+            weights = torch.cat([weights.new_ones((weights.shape[0], n_prefix)), weights], 1)
         left = take_tokens(x, ids)*weights.unsqueeze(-1)
         into = (self.into+n_prefix).unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return left.scatter_add(1, into, gone)

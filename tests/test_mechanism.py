@@ -171,6 +171,13 @@ def test_hooks_empty_batches_and_the_meta_device(method):
         reduce_vit(m, method, **settings[method]).eval()
     assert m(torch.empty(2,3,224,224, device='meta')).shape==(2,1000)
 
+@pytest.mark.parametrize('method', settings)
+def test_fastai_tensors(method):
+    "What a DataLoader of fastai hands out, a subclass of Tensor with methods of its own"
+    from fastai.vision.core import TensorImage
+    model,x = reduced(method, img_size=64),torch.randn(2,3,64,64)
+    torch.testing.assert_close(model(TensorImage(x)).as_subclass(torch.Tensor), model(x), rtol=0, atol=1e-6)
+
 def test_every_order_of_methods_explains_itself():
     for first in settings:
         for second in settings:
