@@ -65,7 +65,7 @@ def test_any_method_with_its_own_settings(args, said, pruning, drawn, photos, tm
     (('{photos}','--indicator','varience'), 'take one of mean, variance, medad'),
     (('{photos}','--arch','vit_smal'), "no model 'vit_smal'"),
     (('{photos}','--arch','swin_tiny_patch4_window7_224','--scratch'), 'tokens of this SwinTransformer'),
-    (('{photos}','--method','merge'), 'take one of mean, variance, medad, random, evit, tome, dynamicvit, none'),
+    (('{photos}','--method','merge'), 'take one of mean, variance, medad, random, evit, tome, fold, dynamicvit, none'),
     (('{photos}','--method','tome','--keep_rate','0.3'), 'keep_rate: ToMe has no such setting, only r'),
     (('{photos}','--r','5'), 'r: variance has no such setting'),
     (('{photos}','--method','none','--keep_rate','0.3'), 'keep_rate: unpruned has no such setting'),

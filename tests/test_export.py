@@ -7,7 +7,8 @@ from attn_diversity.pruning import prune_vit
 
 archs = ('deit_tiny_patch16_224','vit_small_patch16_dinov3','vit_base_patch16_siglip_224',
          'vit_small_patch14_reg4_dinov2')
-methods = dict(variance=dict(keep_rate=.7), evit=dict(keep_rate=.7), tome=dict(r=3), dynamicvit=dict(keep_rate=.7))
+methods = dict(variance=dict(keep_rate=.7), evit=dict(keep_rate=.7), tome=dict(r=3), fold=dict(r=3),
+               dynamicvit=dict(keep_rate=.7))
 
 class Dense(nn.Module):
     "Features on the grid after three blocks"
@@ -55,7 +56,8 @@ def onnx_outputs(model, x, path):
 
 @pytest.mark.parametrize('arch,method,dense', [
     ('deit_tiny_patch16_224','variance',False), ('vit_small_patch16_dinov3','variance',True),
-    ('vit_base_patch16_siglip_224','tome',False), ('vit_small_patch14_reg4_dinov2','dynamicvit',True),
+    ('vit_base_patch16_siglip_224','tome',False), ('vit_base_patch16_siglip_224','fold',True),
+    ('vit_small_patch14_reg4_dinov2','dynamicvit',True),
     *[pytest.param(a, m, d, marks=pytest.mark.slow) for a in archs for m in methods for d in (False,True)]])
 def test_onnx_with_any_batch_size(arch, method, dense, tmp_path):
     model,x = made(arch, method)

@@ -10,7 +10,8 @@ from attn_diversity.reduce import reducers_of, restore_vit, set_rate, trace
 from attn_diversity.tome import merge_vit
 
 settings = dict(variance=dict(keep_rate=.5), medad=dict(keep_rate=.6, fuse=False), evit=dict(keep_rate=.5),
-                tome=dict(r=4), dynamicvit=dict(keep_rate=.6))
+                tome=dict(r=4), fold=dict(r=4), dynamicvit=dict(keep_rate=.6))
+merging = 'tome','fold' # they take no masks, and their knob is r
 
 def vit(name='deit_tiny_patch16_224', **kw):
     torch.manual_seed(0)
@@ -38,7 +39,7 @@ def test_eight_threads(method):
         n = x.shape[2]//16*(x.shape[3]//16)
         seen = torch.rand(2,1,1,1+n)>.4
         seen[...,0] = True
-        masks.append(None if method=='tome' else seen)
+        masks.append(None if method in merging else seen)
     jobs = dict(forward=lambda i: model.forward_features(images[i], attn_mask=masks[i]),
                 trace=lambda i: trace(model, images[i])[-1],
                 dense=lambda i: model.forward_intermediates(images[i], indices=[1,2], intermediates_only=True)[1])
@@ -58,7 +59,7 @@ def test_copies_pickles_and_wrappers(method, name, tmp_path):
     others = dict(deepcopy=copy.deepcopy(model), pickle=pickle.loads(pickle.dumps(model)))
     for how,other in others.items():
         torch.testing.assert_close(other(x), want, rtol=0, atol=1e-6, msg=how)
-        set_rate(other, 1 if method!='tome' else 0)
+        set_rate(other, 0 if method in merging else 1)
         restore_vit(other)
     torch.save(model, tmp_path/'whole.pt')
     script = f"""
@@ -79,7 +80,7 @@ def test_gradient_checkpointing_with_masks(method, name):
     n = 1+16 if name.startswith('deit') else 5+16
     seen = torch.rand(2,1,1,n)>.3
     seen[...,:5] = True
-    kw = {} if method=='tome' else dict(attn_mask=seen)
+    kw = {} if method in merging else dict(attn_mask=seen)
     def grads():
         model.zero_grad()
         torch.manual_seed(0)
@@ -131,7 +132,7 @@ def test_every_tensor_is_on_the_device(method, name):
         x = torch.empty(2,3,64,64, device='cuda')
         mask = torch.ones(2,1,1,model.num_prefix_tokens+16, dtype=torch.bool, device='cuda')
         assert model(x).device.type=='cuda'
-        if method!='tome' and not name.startswith('beit'):
+        if method not in merging and not name.startswith('beit'):
             assert model.forward_features(x, attn_mask=mask).device.type=='cuda'
         assert all(t.device.type=='cuda' for t in trace(model, x))
         assert model.forward_intermediates(x, intermediates_only=True)[-1].device.type=='cuda'
@@ -141,7 +142,7 @@ def test_every_tensor_is_on_the_device(method, name):
             with decisions(model) as kept: model(x)
             assert len(kept)==3 and all(k.device.type=='cuda' for k in kept)
 
-@pytest.mark.parametrize('method', [m for m in settings if m!='tome'])
+@pytest.mark.parametrize('method', [m for m in settings if m not in merging])
 def test_masks_never_make_nan(method):
     "Whatever a mask hides, all patches included; and one image's mask does not spoil another's gradient"
     model,x = reduced(method, img_size=112),torch.randn(2,3,112,112, requires_grad=True)
@@ -156,6 +157,19 @@ def test_masks_never_make_nan(method):
             model.zero_grad()
             y.square().sum().backward(retain_graph=True)
             assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+@pytest.mark.parametrize('method', [m for m in settings if m not in merging])
+def test_a_mask_that_hides_all_without_a_class_token(method):
+    "In a model that pools, a row that may look at nothing is finite in timm, and here, in training too"
+    model = reduced(method, 'vit_medium_patch16_gap_240', img_size=112).train()
+    seen = torch.ones(2,1,1,49, dtype=torch.bool)
+    seen[0] = False
+    for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)):
+        x = torch.randn(2,3,112,112, requires_grad=True)
+        y = model(x, attn_mask=mask)
+        y.square().sum().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 @pytest.mark.parametrize('method', settings)
 def test_hooks_empty_batches_and_the_meta_device(method):
@@ -208,7 +222,8 @@ def test_pooling_reads_every_patch(pool):
 
 def test_importing_a_method_is_light():
     "Neither fastai nor pyplot nor pandas come with the methods themselves"
-    script = ("import sys, attn_diversity.tome, attn_diversity.dynamicvit, attn_diversity.pruning; "
+    script = ("import sys, attn_diversity.tome, attn_diversity.fold, attn_diversity.dynamicvit; "
+              "import attn_diversity.pruning; "
               "print([m for m in ('fastai','matplotlib','pandas','sklearn') if m in sys.modules])")
     said = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert said.stdout.strip()=='[]', said.stdout+said.stderr
@@ -219,6 +234,6 @@ def test_no_method_is_known_by_name_elsewhere():
     from pathlib import Path
     for f in (Path(__file__).parent.parent/'attn_diversity').glob('[!_]*.py'):
         if f.stem in ('methods','indicators','fusion','experiments'): continue # `experiments` holds the paper's rows
-        found = re.findall(r"""(?:==|!=|\bin) *\(?['"](?:evit|tome|dynamicvit|medad)['"]""", f.read_text())
+        found = re.findall(r"""(?:==|!=|\bin) *\(?['"](?:evit|tome|fold|dynamicvit|medad)['"]""", f.read_text())
         assert not found, (f.name, found)
-    assert {'variance','medad','evit','tome','dynamicvit','none'}<=set(METHODS)
+    assert {'variance','medad','evit','tome','fold','dynamicvit','none'}<=set(METHODS)
