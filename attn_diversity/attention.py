@@ -33,6 +33,10 @@ def example_vit(
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/00_attention.ipynb #8ade59a5
+def _masked(a, mask): # a finite number for what is hidden: a row that sees nothing is NaN with -inf
+    low = torch.finfo(a.dtype).min/2
+    return a.masked_fill(~mask, low) if mask.dtype==torch.bool else a + mask.to(a.dtype).clamp(min=low)
+
 def class_attention(
     q:Tensor, # queries [B, H, N, D]; only token 0's is read
     k:Tensor, # keys [B, H, N, D]
@@ -42,10 +46,7 @@ def class_attention(
     "The class token's softmax attention to every token, itself included, in each head (eq. 4)"
     scale = q.shape[-1]**-0.5 if scale is None else scale
     row = (q[:,:,:1].float()*scale * k.float()).sum(-1)
-    if attn_mask is not None:
-        mask = attn_mask[...,0,:]
-        row = row.masked_fill(~mask, -torch.inf) if mask.dtype==torch.bool else row + mask
-    return row.softmax(-1)
+    return (row if attn_mask is None else _masked(row, attn_mask[...,0,:])).softmax(-1)
 
 # %% ../nbs/00_attention.ipynb #d1b31bb1
 def no_autocast(
@@ -74,7 +75,7 @@ def received_attention(
             if attn_mask is not None:
                 one = attn_mask.shape[-2]==1 # row for all queries
                 m = attn_mask if one else attn_mask[...,n_prefix+i:n_prefix+i+rows,:]
-                a = a.masked_fill(~m, -torch.inf) if m.dtype==torch.bool else a + m
+                a = _masked(a, m)
             total = total + a.softmax(-1).sum(2)
     return total/q.shape[2]
 

@@ -24,7 +24,8 @@ class Predictor(nn.Module):
     ):
         super().__init__()
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.out = nn.Sequential(nn.Linear(dim, dim//2), nn.GELU(), nn.Linear(dim//2, dim//4), nn.GELU(),
+        self.out = nn.Sequential(nn.Linear(dim, dim//2), nn.GELU(),
+                                 nn.Linear(dim//2, dim//4), nn.GELU(),
                                  nn.Linear(dim//4, 2))
 
     def forward(self,
@@ -34,7 +35,8 @@ class Predictor(nn.Module):
         "Each patch by itself, and against the mean of those that are there"
         local,u = self.embed(x).chunk(2, -1)
         w = kept.unsqueeze(-1)
-        whole = (u*w).sum(1, keepdim=True)/w.sum(1, keepdim=True).clamp(min=1) # 0, not NaN, where nothing is left
+        # 0, not NaN, where nothing is left
+        whole = (u*w).sum(1, keepdim=True)/w.sum(1, keepdim=True).clamp(min=1)
         z = torch.cat([local, whole.to(local.dtype).expand(-1, x.shape[1], -1)], -1)
         return self.out(z).float().log_softmax(-1)
 
@@ -48,8 +50,9 @@ def floor_count(
 
 # %% ../nbs/06_dynamicvit.ipynb #08560b5d
 class Predict(Reducer):
-    "Decides before the attention which patches are kept: by sampling in training, by order at inference"
+    "Decides before the attention which patches stay: sampled in training, ranked at inference"
     early = True
+    missing = 'not a DynamicViT: call dynamic_vit(model) first.'
     def __init__(self,
         keep_rate:float, # share of the patches to keep of those it gets, in (0, 1]
         predictor:nn.Module, # [B, n, C], [B, n] -> [B, n, 2]
@@ -65,7 +68,8 @@ class Predict(Reducer):
     def checked(self, value): return checked_rate(value)
     def kept(self, n, start): return min(n, floor_count(start, self.share))
     def works(self, n, start): return self.training or super().works(n, start)
-    def extra_repr(self): return f"keep_rate={self.keep_rate:g}, of all patches {self.share:.3g}"
+    def extra_repr(self):
+        return f"keep_rate={self.keep_rate:g}, of all patches {self.share:.3g}"
     def removed(self, model):
         if hasattr(model, 'predictors'): del model.predictors
 
@@ -76,27 +80,33 @@ class Predict(Reducer):
             former = seen if record.keep is None else record.keep
             return F.gumbel_softmax(self.held[0](patches, former), hard=True)[...,1]*former
         keep = self.held[0](patches, seen)[...,1].masked_fill(seen==0, -torch.inf)
-        return Reduction(keep.argsort(1, descending=True)[:,:self.kept(patches.shape[1], record.n)])
+        order = keep.argsort(1, descending=True)
+        return Reduction(order[:,:self.kept(patches.shape[1], record.n)])
 
-def _seen(mask, n_prefix, patches): # 1 for a patch that the first token sees, or another patch where none is in front
+# 1 for a patch that the first token sees, or another patch where none is in front
+def _seen(mask, n_prefix, patches):
     if mask is None: return patches.new_ones(patches.shape[:2], dtype=torch.float32)
     visible = (mask>torch.finfo(mask.dtype).min).any(1)
     if n_prefix or visible.shape[1]==1: row = visible[:,0,n_prefix:]
-    else: row = (visible & ~torch.eye(visible.shape[1], dtype=torch.bool, device=mask.device)).any(1)
+    else:
+        itself = torch.eye(visible.shape[1], dtype=torch.bool, device=mask.device)
+        row = (visible & ~itself).any(1)
     return row.expand(*patches.shape[:2]).float()
 
 # %% ../nbs/06_dynamicvit.ipynb #395ba550
 def dynamic_vit(
     model:nn.Module, # a ViT of timm, transformers or open_clip
-    keep_rate:float=0.7, # share of the patches a stage keeps of those it gets, in (0, 1]; one number or one a stage
-    blocks=None # indexes of the blocks with a predictor; default the quarter points of the depth
+    keep_rate:float=0.7, # share a stage keeps of what it gets, in (0, 1]; one, or one a stage
+    blocks=None # indexes of blocks with a predictor; default the quarter points of the depth
 )->nn.Module: # the same model, with new `predictors`
     "Make a DynamicViT of a ViT, in place"
     blocks = block_ids(model, blocks)
-    rates = [checked_rate(r) for r in one_each(keep_rate, len(blocks), 'keep_rate', 'blocks with a predictor')]
+    rates = [checked_rate(r) for r in
+             one_each(keep_rate, len(blocks), 'keep_rate', 'blocks with a predictor')]
     parts = find_vit(model).blocks
     like = next(p for p in parts.parameters() if p.dim()>1)
-    predictors = nn.ModuleList(Predictor(_width(parts[0])) for _ in blocks).to(like).train(model.training)
+    predictors = nn.ModuleList(Predictor(_width(parts[0])) for _ in blocks)
+    predictors.to(like).train(model.training)
     stages = {}
     for (i,rate),predictor in zip(sorted(zip(blocks, rates)), predictors):
         stages[i] = Predict(rate, predictor, stages.values()).train(model.training)
@@ -105,13 +115,14 @@ def dynamic_vit(
     return model
 
 def _width(block): # C: that of its own norms, not of those within its attention or MLP
-    norms = [(n.count('.'), m) for n,m in block.named_modules() if hasattr(m, 'normalized_shape')]
+    norms = [(n.count('.'), m) for n,m in block.named_modules()
+             if hasattr(m, 'normalized_shape')]
     return min(norms, key=lambda f: f[0])[1].normalized_shape[-1]
 
 @contextmanager
 def decisions(
     model:nn.Module # a DynamicViT
-): # a list to which each forward in training mode adds a tensor a stage [B, N], 1 kept, 0 dropped; with gradients
+): # a list; training forwards add a tensor [B, N] a stage, 1 kept, 0 dropped, with gradients
     "Hear what the stages of a DynamicViT decide"
     heard,stages = [],reducers_of(model, Predict).values()
     def note(module, args, out):
@@ -128,10 +139,11 @@ def ratio_loss(
 )->Tensor: # a number
     "How far each image's kept fraction is from its target, squared"
     if len(kept)!=len(shares):
-        raise ValueError(f"{len(kept)} decisions for {len(shares)} stages: those of one forward are needed. A "
-                         "DynamicViT decides in training mode: call model.train(), and open decisions(model) for each "
-                         "forward.")
-    return torch.stack([(d.mean(1)-s).square().sum()/max(len(d), 1) for d,s in zip(kept, shares)]).mean()
+        raise ValueError(f"{len(kept)} decisions for {len(shares)} stages: those of one "
+                         "forward are needed. A DynamicViT decides in training mode: call "
+                         "model.train(), and open decisions(model) for each forward.")
+    off = [(d.mean(1)-s).square().sum()/max(len(d), 1) for d,s in zip(kept, shares)]
+    return torch.stack(off).mean()
 
 def token_loss(
     tokens:Tensor, # the student's final patch tokens [B, N, C]
@@ -140,7 +152,9 @@ def token_loss(
 )->Tensor: # a number
     "Mean squared difference of the kept tokens to the teacher's"
     if tokens.shape!=wanted.shape:
-        raise ValueError(f"The student's tokens are {list(tokens.shape)} and the teacher's {list(wanted.shape)}: the "
-                         "teacher must be the same ViT unpruned, without patch dropout; or pass tokens=0.")
+        raise ValueError(f"The student's tokens are {list(tokens.shape)} and the teacher's "
+                         f"{list(wanted.shape)}: the teacher must be the same ViT unpruned, "
+                         "without patch dropout; or pass tokens=0.")
     kept = kept.detach()
-    return ((tokens.float()-wanted.float()).square().mean(-1)*kept).sum()/kept.sum().clamp(min=1)
+    off = (tokens.float()-wanted.float()).square().mean(-1)
+    return (off*kept).sum()/kept.sum().clamp(min=1)

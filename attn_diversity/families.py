@@ -84,7 +84,7 @@ class Facts(NamedTuple):
 def timm_facts(
     model:nn.Module # a ViT of timm's, or one with the same attributes
 )->Facts: # what has to be known about it
-    "Facts about a model from `num_prefix_tokens`, `cls_token`, `global_pool` and `patch_embed`"
+    "Facts from the model's `num_prefix_tokens`, `cls_token`, `global_pool`, `patch_embed`"
     embeds = getattr(model, 'embeds', model) # NaFlexVit keeps its class token there
     n = getattr(getattr(model, 'patch_embed', None), 'num_patches', None)
     return Facts(model.num_prefix_tokens, getattr(embeds, 'cls_token', None) is not None,
@@ -141,7 +141,8 @@ FAMILIES = { # by the name of the block's class
     'transformers.models.vit.modeling_vit.ViTLayer':
         Family(_hf_vit_attention, _hf_vit_mlp, **_hf),
     'transformers.models.dinov2.modeling_dinov2.Dinov2Layer': _hf_dino,
-    'transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersLayer': _hf_dino,
+    'transformers.models.dinov2_with_registers.modeling_dinov2_with_registers'
+    '.Dinov2WithRegistersLayer': _hf_dino,
     'transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer':
         replace(_hf_dino, positions=('position_embeddings',)),
     'transformers.models.siglip.modeling_siglip.SiglipEncoderLayer': _hf_clip,

@@ -28,12 +28,14 @@ class Reducer(nn.Module):
     early = False # whether it acts before the attention instead of behind it
     sizes = False # whether attention has to count a token as often as it has patches
     no_mask = None # why it takes no attention mask, where it takes none
+    # what a model without it is, and how to change that
+    missing = 'not reduced: call reduce_vit(model, method), or prune_vit(model) first.'
 
     def forward(self,
         x:Tensor, # tokens, with the attention added [B, prefix + n, C]
         record:Record, # what travelled here with them
         heard:list, # what met in the attention
-        mask:Tensor # the user's attention mask for these tokens, or None [B, 1 or H, 1 or N, N]
+        mask:Tensor # the user's mask for these tokens, or None [B, 1 or H, 1 or N, N]
     )->Reduction: # of the n tokens behind the prefix
         "Which tokens stay, and what becomes of the others"
         raise NotImplementedError
@@ -65,6 +67,12 @@ class Reducer(nn.Module):
         "A new value of the knob"
         return value
 
+    def values(self,
+        n:int # patches of an image
+    )->list: # cheapest first
+        "The values of the knob among which a search for a cost looks"
+        return [k/1000 for k in range(1, 1001)] # keep rates
+
     def settings(self)->dict: # in plain types
         "How it was made"
         return {self.knob: getattr(self, self.knob)}
@@ -80,7 +88,7 @@ class Reducer(nn.Module):
 
 # %% ../nbs/02d_reduce.ipynb #e1771da1
 class ReducedBlock:
-    "Mixed into the class of a block: reduces tokens between its halves, and carries what belongs to them"
+    "Mixed into the class of a block: reduces tokens between its halves"
     def __reduce_ex__(self, protocol): return _blank, (self.maker,), self.__getstate__()
 
     def forward(self, x, *args, travel=False, **kwargs):
@@ -101,14 +109,12 @@ class ReducedBlock:
         narrows = record.reductions and (mask is not None or self.family.biased)
         if not (works or narrows or record.size is not None or record.keep is not None):
             return self.maker.forward(self, x, **kw), record
-        half = self.family.attention if works else self.maker.forward
         product = None if record.keep is None else partial(masked_attention, record.keep)
-        x,heard = hear(partial(half, self, x, **kw), partial(self.on_its_way, record), product)
-        if works:
-            x,record = self.reduce(x, record, handed, mask, heard)
-            del heard # the MLP needs the memory
-            x = self.family.mlp(self, x)
-        return x, record
+        attention = partial(self.family.attention, self, x, **kw)
+        x,heard = hear(attention, partial(self.on_its_way, record), product)
+        if works: x,record = self.reduce(x, record, handed, mask, heard)
+        del heard # the MLP needs the memory
+        return self.family.mlp(self, x), record
 
     def given_mask(self, handed): # the user's
         return next((handed[k] for k in ('attn_mask','attention_mask')
@@ -164,20 +170,22 @@ def masked_attention(
     causal:bool=False, # not used
     scale:float=None # default 1/sqrt(D)
 )->Tensor: # [B, H, N, D]
-    "Attention in which nobody but itself sees a dropped token, with gradients for `keep` (DynamicViT, eq. 10 and 11)"
+    "Attention where nobody but itself sees a dropped token (DynamicViT's eqs. 10 and 11)"
     a = (q*(q.shape[-1]**-.5 if scale is None else scale)) @ k.transpose(-2, -1)
-    if mask is not None: a = a + added_mask(mask, a.dtype)
-    n = a.shape[-1]
-    seen = F.pad(keep, (n-keep.shape[1], 0), value=1.)[:,None,None]
+    n,low = a.shape[-1],torch.finfo(a.dtype).min/2
     itself = torch.eye(n, dtype=torch.bool, device=a.device)
-    a = a.softmax(-1) * torch.where(itself, 1., seen).to(a.dtype)
+    seen = torch.where(itself, 1., F.pad(keep, (n-keep.shape[1], 0), value=1.)[:,None,None])
+    if mask is not None: # a row that sees nothing gets nothing, as in fused attention
+        mask = added_mask(mask).to(a.dtype).clamp(min=low)
+        a,seen = a+mask,seen*(mask>low)
+    a = a.softmax(-1)*seen.to(a.dtype)
     a = a/a.sum(-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
     return F.dropout(a, dropout) @ v
 
 def dense(
     x:Tensor, # tokens that are left, prefix included [B, prefix + m, C]
     record:Record, # that travelled with them
-    fill:str='mean' # what a patch without a token gets: 'mean' of those that are left, or 'zero'
+    fill:str='mean' # what a patch without a token gets: 'mean' of those left, or 'zero'
 )->Tensor: # [B, prefix + N, C]
     "Every patch with the features of its token"
     p = record.n_prefix
@@ -195,7 +203,7 @@ def dense(
 
 # %% ../nbs/02d_reduce.ipynb #618f1bc4
 class _StandIn:
-    "Stands in for a module during one call, with some of its parts replaced; nothing is stored on the module"
+    "Stands in for a module during one call, with some of its parts replaced"
     def __init__(self, real, **parts): self.__dict__.update(parts, real=real)
     def __getattr__(self, name):
         method = getattr(type(self.real), name, None)
@@ -226,7 +234,7 @@ def _tapped(model, path, tell):
     return part
 
 def _dense_intermediates(model, x, *args, **kwargs):
-    "The maker's `forward_intermediates` with every patch in its place; 0 for one that was dropped without fusion"
+    "The maker's `forward_intermediates` with every patch in its place; 0 for a dropped one"
     stand_in = _tapped(model, find_vit(model).path,
                        lambda i, x, record: dense(x, record, fill='zero'))
     return stand_in.forward_intermediates(x, *args, **kwargs)
@@ -237,7 +245,7 @@ def _reduced(model): # the blocks that reduce, by index
             if getattr(b, 'reducer', None) is not None}
 
 def reducers_of(
-    model:nn.Module, # a ViT, reduced or not; also inside torch.compile or data-parallel training
+    model:nn.Module, # a ViT, reduced or not; also in torch.compile or data-parallel training
     kind:type=Reducer, # those of this kind only
     needed:bool=True # an error where there is none
 )->dict: # {index of a block: reducer}
@@ -248,12 +256,10 @@ def reducers_of(
     name,others = type(model).__name__,_reduced(model)
     if others:
         by = type(next(iter(others.values())).reducer).__name__
-        raise ValueError(f"The tokens of this {name} are reduced by {by}, not by {kind.__name__}: change it by "
-                         "set_rate(model, ...), or undo it by restore_vit(model).")
-    what = dict(Prune='not pruned: call prune_vit(model) first.', Merge='not merging: call merge_vit(model) first.',
-                Predict='not a DynamicViT: call dynamic_vit(model) first.')
-    other = 'not reduced: call reduce_vit(model, method), or prune_vit(model) first.'
-    raise ValueError(f"This {name} is {what.get(kind.__name__, other)}")
+        raise ValueError(f"The tokens of this {name} are reduced by {by}, not by "
+                         f"{kind.__name__}: change it by set_rate(model, ...), or undo it by "
+                         "restore_vit(model).")
+    raise ValueError(f"This {name} is {kind.missing}")
 
 def block_ids(
     model:nn.Module, # a ViT
@@ -378,14 +384,14 @@ def trace_records(
 def trace(
     model:nn.Module, # a reduced ViT
     x:Tensor # images [B, 3, H, W], as the model takes them
-)->list: # for each block that reduces: the position of each patch's token behind the prefix [B, N]; -1 for none
+)->list: # a tensor a reducing block [B, N]: each patch's token, behind the prefix; -1: none
     "Which token holds each original patch, row by row from the top left"
     records = trace_records(model, x).values()
     return [r.owners().to(x.device).expand(x.shape[0], -1) for r in records]
 
 def scatter_back(
     x:Tensor, # tokens behind the prefix tokens [B, n, C]
-    owners:Tensor, # for each patch the position of its token [B, N], as `trace` gives it; -1 for none
+    owners:Tensor, # each patch's token [B, N], as `trace` gives it; -1 for none
     grid=None # rows and columns of patches, for an output of [B, C, rows, columns]
 )->Tensor: # [B, N, C], or [B, C, rows, columns]; 0 where a patch has no token
     "Give every patch the features of the token that holds it"

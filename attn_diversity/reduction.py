@@ -22,10 +22,10 @@ def take_tokens(
 
 # %% ../nbs/02b_reduction.ipynb #519ef4fb
 class Reduction(NamedTuple):
-    "A linear map from n tokens to m, for all that is there once a token; positions are counted behind the prefix"
+    "A linear map from n tokens to m; positions are counted behind the prefix"
     kept:Tensor # positions that stay, in their new order [B, K]
-    gone:Tensor=None # positions that go into another token [B, G]; None: what is not kept is dropped
-    into:Tensor=None # the place among the kept that each of them goes into [B, G]; None: one new token behind
+    gone:Tensor=None # positions that go into another token [B, G]; None: all are dropped
+    into:Tensor=None # the place among the kept they go into [B, G]; None: a new token
     kept_weights:Tensor=None # [B, K], where `into` is given
     gone_weights:Tensor=None # [B, G]
 
@@ -70,7 +70,7 @@ class Reduction(NamedTuple):
         t:Tensor, # anything with the n patches along one dimension [1 or B, ..., n, ...]
         dim:int # which one
     )->Tensor: # the same with m [B, ..., m, ...]
-        "Like the tokens, but always as means: weights that do not sum to 1 (EViT's) are made to"
+        "Like the tokens, but always as means, even where weights do not sum to 1 (EViT's)"
         t = t.expand(self.kept.shape[0], *t.shape[1:]).movedim(dim, 1)
         r = self
         if self.extra: # where all weigh nothing, all weigh the same
@@ -81,7 +81,7 @@ class Reduction(NamedTuple):
         return r.tokens(t.flatten(2)).unflatten(2, t.shape[2:]).movedim(1, dim)
 
     def owners(self,
-        owners:Tensor, # for each original patch the position of its token [1 or B, N], -1 for none
+        owners:Tensor, # each original patch's token [1 or B, N]; -1 for none
         n:int # tokens before this reduction
     )->Tensor: # the same after it [B, N]
         "Which token holds each original patch"
@@ -113,7 +113,7 @@ def narrow_mask(
         first = mask.narrow(dim, 0, n_prefix)
         rest = mask.narrow(dim, n_prefix, mask.shape[dim]-n_prefix)
         seen = reduction.along(rest.exp(), dim)
-        log = seen.clamp(min=torch.finfo(seen.dtype).tiny).log() # log(0) has no gradient but nan
+        log = seen.clamp(min=torch.finfo(seen.dtype).tiny).log() # log(0)'s gradient is nan
         rest = torch.where(seen>0, log, -torch.inf)
         mask = torch.cat([first.expand(rest.shape[0], *first.shape[1:]), rest], dim)
     return mask.clamp(min=torch.finfo(mask.dtype).min) # a row of -inf alone would be NaN
@@ -124,9 +124,9 @@ class Record(NamedTuple):
     n:int # patches at the start
     n_prefix:int=1 # tokens in front of them
     reductions:tuple=() # so far
-    size:Tensor=None # for how many patches each token speaks [B, n]; None where a method does not ask
+    size:Tensor=None # for how many patches each token speaks [B, n]; None: nobody asks
     keep:Tensor=None # DynamicViT in training: 1 kept, 0 dropped [B, n]
-    known:tuple=() # pairs: what the model hands out for all patches, and the same for the tokens that are left
+    known:tuple=() # pairs: a table for all patches, and the same for the tokens left
 
     def reduced(self,
         reduction:Reduction, # of the tokens that were left
@@ -144,7 +144,7 @@ class Record(NamedTuple):
     def _known(self, given): return next((b for a,b in self.known if a is given), None)
 
     def positions(self,
-        given # a table with one row a patch [n, D], [H, n, D] or [B, 1 or H, n, D]; a tuple of them, or None
+        given # a row a patch [n, D], [H, n, D] or [B, 1 or H, n, D]; a tuple of such, or None
     ): # [B, 1 or H, m, D]
         "Rotary embeddings for the tokens that are left"
         if given is None or not self.reductions: return given
@@ -166,7 +166,19 @@ class Record(NamedTuple):
         for r in self.reductions: mask = narrow_mask(mask, r, self.n_prefix)
         return mask
 
-    def owners(self)->Tensor: # [B, N], or [1, N] where nothing was reduced; -1 for a patch that was dropped
+    def ids(self)->Tensor: # [B, m], or [1, n] where nothing was reduced
+        "The patch that each token is, in the order of the sequence; -1 for a fusion token"
+        device = self.reductions[0].kept.device if self.reductions else None
+        ids = torch.arange(self.n, device=device).unsqueeze(0)
+        for r in self.reductions:
+            if r.into is not None:
+                raise ValueError("This model merges: its tokens are groups of patches. "
+                                 "trace(model, x) says which are in each.")
+            ids = ids.expand(r.kept.shape[0], -1).gather(1, r.kept)
+            if r.extra: ids = torch.cat([ids, ids.new_full((ids.shape[0],1), -1)], 1)
+        return ids
+
+    def owners(self)->Tensor: # [B, N], or [1, N] where nothing was reduced; -1: was dropped
         "For each original patch the position of its token behind the prefix"
         device = self.reductions[0].kept.device if self.reductions else None
         owners,n = torch.arange(self.n, device=device).unsqueeze(0),self.n

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from contextlib import contextmanager, ExitStack
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from timm.layers import PatchEmbed, to_2tuple
 from timm.utils import ModelEmaV3
 from timm.utils.model import unwrap_model
@@ -23,14 +24,16 @@ from .reduce import reducers_of
 
 # %% ../nbs/09c_teachers.ipynb #0674f4a0
 class EmaCallback(Callback):
-    "Averages the weights after each step, validates with the average, and leaves it in the model after the fit"
+    "Averages the weights after each step, validates with the average, leaves it in the model"
     order = 30
     def __init__(self,
-        decay:float=.9998, # greatest decay of the average, in (0, 1): it remembers about 1/(1-decay) steps
-        warmup:bool=True # let the decay grow with the training, 1 - t^(-2/3) after step t, up to `decay`
+        decay:float=.9998, # greatest decay, in (0, 1): it remembers about 1/(1-decay) steps
+        warmup:bool=True # let the decay grow, 1 - t^(-2/3) after step t, up to `decay`
     ):
-        if not 0<decay<1: raise ValueError(f"decay={decay!r}: it lies between 0 and 1, such as 0.9998.")
-        self.decay,self.warmup,self.steps = decay,warmup,0 # steps: of the optimizer, that are in the average
+        if not 0<decay<1:
+            raise ValueError(f"decay={decay!r}: it lies between 0 and 1, such as 0.9998.")
+        # steps: of the optimizer, that are in the average
+        self.decay,self.warmup,self.steps = decay,warmup,0
         # the weights that the model does not hold; whether it holds the average
         self.other,self.inside,self.loaded = None,False,None
         self.fresh,self.done,self.trained,self.skipped = True,False,False,False
@@ -39,14 +42,16 @@ class EmaCallback(Callback):
         return list({id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     @torch.no_grad()
     def _exchange(self): # the values of the model and of `other`
-        for a,b in zip(self._tensors(unwrap_model(self.model)), self._tensors(self.other.module), strict=True):
+        both = self._tensors(unwrap_model(self.model)),self._tensors(self.other.module)
+        for a,b in zip(*both, strict=True):
             t = a.detach().clone()
             a.copy_(b)
             b.copy_(t)
         self.inside = not self.inside
     def _start(self): # a new average, or one from a checkpoint
         state,self.loaded = self.loaded,None
-        self.other = ModelEmaV3(unwrap_model(self.model), decay=self.decay, use_warmup=self.warmup)
+        self.other = ModelEmaV3(unwrap_model(self.model), decay=self.decay,
+                                use_warmup=self.warmup)
         self.other.module.requires_grad_(False)
         self.steps,self.inside = 0,False
         if state and state['other']:
@@ -54,7 +59,8 @@ class EmaCallback(Callback):
             self.steps,self.inside = state['steps'],state['inside']
     @property
     def raw(self): # the weights of the last step, by name
-        if self.other is None: raise ValueError("There are no raw weights beside the model's before a fit.")
+        if self.other is None:
+            raise ValueError("There are no raw weights beside the model's before a fit.")
         return (self.other.module if self.inside else unwrap_model(self.model)).state_dict()
 
     def state_dict(self):
@@ -68,7 +74,8 @@ class EmaCallback(Callback):
         elif self.fresh:
             if self.inside and not self.done: self._exchange() # the last fit broke off
             self._start()
-        if self.inside: self._exchange() # the last epoch's validation left the average in the model
+        # the last epoch's validation left the average in the model
+        if self.inside: self._exchange()
         self.fresh,self.done,self.trained = False,False,True
     def after_cancel_step(self): self.skipped = True
     def after_step(self):
@@ -87,7 +94,8 @@ class EmaCallback(Callback):
 # %% ../nbs/09c_teachers.ipynb #6cc63d10
 def _patch_size(model): # that images must divide into; None where they need not
     embed = getattr(model, 'patch_embed', None)
-    if embed is None: return getattr(getattr(model, 'embeds', None), 'patch_size', None) # NaFlex
+    if embed is None: # NaFlex
+        return getattr(getattr(model, 'embeds', None), 'patch_size', None)
     divides = isinstance(embed, PatchEmbed) and not isinstance(embed, OverlapPatchEmbed)
     return embed.patch_size if divides and not embed.dynamic_img_pad else None
 
@@ -97,15 +105,18 @@ def misfit(
 )->str: # what to do about it; None where they fit
     "What is wrong with images of this size for a model, if anything"
     (h,w),patch,embed = to_2tuple(size),_patch_size(model),getattr(model, 'patch_embed', None)
-    if isinstance(embed, OverlapPatchEmbed): embed.dynamic_feat_size((h,w)) # any size that holds a patch
+    if isinstance(embed, OverlapPatchEmbed):
+        embed.dynamic_feat_size((h,w)) # any size that holds a patch
     if patch and (h%patch[0] or w%patch[1]):
         low = h//patch[0]*patch[0]
-        return (f"Images of {h} x {w} pixels do not divide into patches of {patch[0]} x {patch[1]}: "
-                f"make the data with img_size={low or patch[0]} or {low+patch[0]}.")
+        return (f"Images of {h} x {w} pixels do not divide into patches of "
+                f"{patch[0]} x {patch[1]}: make the data with "
+                f"img_size={low or patch[0]} or {low+patch[0]}.")
     want = getattr(embed, 'img_size', None)
     if want not in (None, (h,w)) and not getattr(model, 'dynamic_img_size', False):
-        return (f"The model takes images of {want[0]} x {want[1]} pixels, the data has {h} x {w}: "
-                f"make the model with img_size={size}, or call its set_input_size({size}).")
+        return (f"The model takes images of {want[0]} x {want[1]} pixels, "
+                f"the data has {h} x {w}: make the model with img_size={size}, "
+                f"or call its set_input_size({size}).")
 
 def check_teacher(
     teacher:nn.Module, # a trained ViT
@@ -116,42 +127,50 @@ def check_teacher(
     kind = type(teacher).__name__
     try: find_vit(teacher)
     except TypeError as e:
-        raise TypeError(f"teacher: it is a {kind}, and must be a ViT, such as the trained model before prune_vit. "
-                        f"({e})") from e
+        raise TypeError(f"teacher: it is a {kind}, and must be a ViT, "
+                        f"such as the trained model before prune_vit. ({e})") from e
     knows = getattr(teacher, 'num_classes', None)
-    if not knows: raise TypeError(f"teacher: this {kind} has no classes: give one with a trained classifier.")
+    if not knows:
+        raise TypeError(f"teacher: this {kind} has no classes: "
+                        "give one with a trained classifier.")
     if n_classes not in (None, knows):
         raise ValueError(f"teacher: it knows {knows} classes, and the data has {n_classes}: "
                          "train it on the same classes first.")
-    if problem := None if size is None else misfit(teacher, size): raise ValueError(f'teacher: {problem}')
+    if problem := None if size is None else misfit(teacher, size):
+        raise ValueError(f'teacher: {problem}')
 
 # %% ../nbs/09c_teachers.ipynb #ce57c75a
-def _divergence(pred, wanted, temperature=1.): # KL of two models' logits [B, classes], times T^2
+# KL of two models' logits [B, classes], times T^2
+def _divergence(pred, wanted, temperature=1.):
     pred,wanted = (v.as_subclass(Tensor) for v in (pred, wanted))
     if pred.shape!=wanted.shape:
-        raise ValueError(f"The teacher answers with {list(wanted.shape)} and the model with {list(pred.shape)}: "
-                         "both must be [images, classes].")
+        raise ValueError(f"The teacher answers with {list(wanted.shape)} and the model with "
+                         f"{list(pred.shape)}: both must be [images, classes].")
     s,t = ((v.float()/temperature).log_softmax(-1) for v in (pred, wanted))
     return temperature**2*F.kl_div(s, t, reduction='batchmean', log_target=True)
 
-def _ready(teacher, model): # in eval mode and on the model's device, if it can teach this model
+# in eval mode and on the model's device, if it can teach this model
+def _ready(teacher, model):
     if {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}:
-        raise ValueError("The teacher is the model that is trained, or shares weights with it: "
-                         "pass copy.deepcopy(model).")
+        raise ValueError("The teacher is the model that is trained, or shares weights "
+                         "with it: pass copy.deepcopy(model).")
     check_teacher(teacher, getattr(unwrap_model(model), 'num_classes', None))
     teacher.eval().to(next(model.parameters()).device)
 
 class Distill(Callback):
-    "Learn from a trained ViT too: (1-weight) * loss + weight * T^2 * KL(teacher || student), in training"
+    "Learn from a teacher too: (1-weight) * loss + weight * T^2 * KL(teacher || student)"
     order,run_valid = -5,False
     def __init__(self,
-        teacher:nn.Module, # a trained ViT of the same classes, usually the unpruned model; it goes into eval mode
+        teacher:nn.Module, # a trained ViT of the same classes; it goes into eval mode
         weight:float=.5, # of the teacher, in (0, 1]; the labels have the rest
         temperature:float=1. # T, above 0: softens the answers of both
     ):
         check_teacher(teacher)
-        if not 0<weight<=1: raise ValueError(f"weight={weight!r}: the teacher's part of the loss lies in (0, 1].")
-        if not temperature>0: raise ValueError(f"temperature={temperature!r}: it must be above 0.")
+        if not 0<weight<=1:
+            raise ValueError(f"weight={weight!r}: the teacher's part of the loss "
+                             "lies in (0, 1].")
+        if not temperature>0:
+            raise ValueError(f"temperature={temperature!r}: it must be above 0.")
         self.teacher,self.weight,self.temperature = teacher,weight,temperature
 
     def before_fit(self): _ready(self.teacher, self.model)
@@ -174,7 +193,7 @@ def _final_tokens(model): # a list of what its last norm says in each forward
     finally: hook.remove()
 
 class DynamicLoss(Callback):
-    "Adds DynamicViT's ratio loss and its distillation from an unpruned teacher to the learner's own loss, in training"
+    "Adds DynamicViT's ratio loss and its distillation from an unpruned teacher, in training"
     run_valid = False
     def __init__(self,
         teacher, # the unpruned, trained ViT; `None`: the ratio loss alone
@@ -185,12 +204,15 @@ class DynamicLoss(Callback):
         if teacher is not None:
             check_teacher(teacher)
             if reducers_of(teacher, needed=False):
-                raise ValueError("teacher: it is reduced itself, and must be the unpruned ViT: "
-                                 "a copy.deepcopy(model) from before dynamic_vit; or None.")
+                raise ValueError("teacher: it is reduced itself, and must be the unpruned "
+                                 "ViT: a copy.deepcopy(model) from before dynamic_vit; "
+                                 "or None.")
         self.teacher,self.ratio,self.kl,self.tokens = teacher,ratio,kl,tokens
         self.hearing = ExitStack() # for the time of a fit ...
-        weakref.finalize(self, self.hearing.close) # ... and not longer than the callback, if it breaks off
-        self.kept,self.fresh = [],False # kept: of each step in training, the mean kept fraction a stage
+        # ... and not longer than the callback, if it breaks off
+        weakref.finalize(self, self.hearing.close)
+        # kept: of each step in training, the mean kept fraction a stage
+        self.kept,self.fresh = [],False
 
     def before_fit(self):
         self.hearing.close() # of a fit that broke off
@@ -198,7 +220,8 @@ class DynamicLoss(Callback):
         self.stages,self.fresh = list(reducers_of(model, Predict).values()),True
         if self.teacher is not None: _ready(self.teacher, model)
         self.decided = self.hearing.enter_context(decisions(model))
-        self.final = [self.hearing.enter_context(_final_tokens(m)) for m in (model, self.teacher) if m is not None]
+        self.final = [self.hearing.enter_context(_final_tokens(m))
+                      for m in (model, self.teacher) if m is not None]
     def before_train(self):
         if self.fresh: self.kept = [] # a mere validation leaves the record
         self.fresh = False
@@ -208,8 +231,10 @@ class DynamicLoss(Callback):
     def after_loss(self):
         kept = [d.as_subclass(Tensor) for d in self.decided]
         if len(kept)!=len(self.stages):
-            raise RuntimeError(f"{len(kept)} decisions were heard of {len(self.stages)} stages. In nn.DataParallel "
-                               "the copies of a model speak at once: train with one process a GPU.")
+            raise RuntimeError(f"{len(kept)} decisions were heard of "
+                               f"{len(self.stages)} stages. "
+                               "In nn.DataParallel the copies of a model speak at once: "
+                               "train with one process a GPU.")
         self.kept.append(torch.stack([d.detach().mean() for d in kept]))
         loss = self.ratio*ratio_loss(kept, [s.share for s in self.stages])
         if self.teacher is not None: loss = loss + self._from_teacher(kept[-1])
@@ -225,7 +250,8 @@ class DynamicLoss(Callback):
     def after_fit(self): self.hearing.close()
 
     # for a checkpoint (`10c_resume`)
-    def state_dict(self): return dict(kept=torch.stack(self.kept).cpu() if self.kept else torch.zeros(0))
+    def state_dict(self):
+        return dict(kept=torch.stack(self.kept).cpu() if self.kept else torch.zeros(0))
     def load_state_dict(self, state): # in the `before_fit` of the fit that goes on
         self.kept,self.fresh = list(state['kept']),False
 
@@ -245,5 +271,5 @@ def falling_rate(
 def dynamic_losses(
     teacher:nn.Module=None # the unpruned, trained ViT, or None
 )->list: # of callbacks
-    "What DynamicViT is trained with: its own losses"
-    return [DynamicLoss(teacher)]
+    "What DynamicViT is trained with: its own losses, and gradients cut to length 1"
+    return [DynamicLoss(teacher), GradientClip(1.)]
