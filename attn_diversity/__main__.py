@@ -16,13 +16,14 @@ _COMMANDS = dict(train=train, prepare=prepare_command, sweep=sweep, report=repor
 def _chosen(): # the command of the first word
     name = sys.argv.pop(1) if len(sys.argv)>1 else ''
     if name not in _COMMANDS:
-        sys.exit(f"python -m attn_diversity {'|'.join(_COMMANDS)} ...: the commands attn_diversity_train "
-                 "and so on; each has --help.")
+        sys.exit(f"python -m attn_diversity {'|'.join(_COMMANDS)} ...: the commands "
+                 "attn_diversity_train and so on; each has --help.")
     # --help and errors then speak as that command (`_is_command` looks at this name)
     sys.argv[0] = f'attn_diversity_{name}'
     return _COMMANDS[name]
 
 # %% ../nbs/15_main.ipynb #8bf292ec
 #| eval: false
-# at the top level: call_parse parses a command line only where the module that runs as __main__ calls it
+# at the top level: call_parse parses a command line only where the module that runs as
+# __main__ calls it
 if __name__=='__main__': _chosen()()

@@ -19,12 +19,12 @@ from .pruning import checked_rate, indicator_name, kept_count, Prune, trace_patc
 from .reduce import insert_reducers, ReducedBlock, reducers_of, restore_vit, trace_records
 from .reduction import Reduction
 from .vis import (describe, fade, fit_title, patch_layout, patch_mask, picture_axes, pixel_mask,
-                                to_images, token_ids)
+                                to_images)
 
 # %% ../nbs/11b_anatomy.ipynb #a77e6821
 def listen_in(
     block:ReducedBlock, # of a model that is nobody else's, such as one by `twin_of`
-    tell # (record before the block, record behind it, what met in its attention), called in each forward
+    tell # called in each forward: (record before, record behind, what met in its attention)
 ):
     "Hear the attention of one block, whether it reduces or not"
     step = type(block).step
@@ -38,21 +38,23 @@ class _Everything(Prune):
     "A stage that keeps every token in its place"
     def works(self, n, start): return True
     def forward(self, x, record, heard, mask):
-        return Reduction(torch.arange(x.shape[1]-record.n_prefix, device=x.device).expand(len(x), -1))
+        return Reduction(torch.arange(x.shape[1]-record.n_prefix,
+                                      device=x.device).expand(len(x), -1))
 
 @torch.no_grad()
 def head_maps(
     model:nn.Module, # a ViT, as its maker made it, pruned or a DynamicViT
     x:Tensor, # images [B, 3, H, W], as it takes them
     block:int=3 # index of the block whose attention to read
-)->tuple: # (attention to the tokens [B, H, n], of the class token or the patches; their ids [B, n], -1 if fused)
+)->tuple: # (attention by the class token or patches [B, H, n]; ids [B, n], -1 if fused)
     "What each head of one block says about each patch that is still there"
     _,blocks,_,facts = find_vit(model)
     if not isinstance(block, Integral) or isinstance(block, bool) or not 0<=block<len(blocks):
         raise ValueError(f"block={block!r}: the model has blocks 0 to {len(blocks)-1}; "
                          "the paper's 4th, 7th and 10th are 3, 6 and 9.")
     if x.dim()!=4:
-        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
+        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; "
+                         "x[None] makes a batch of one.")
     twin,told = twin_of(model).eval(),[]
     reducers = reducers_of(twin, needed=False)
     if reducers: restore_vit(twin)
@@ -62,7 +64,7 @@ def head_maps(
     (twin.forward_features if hasattr(twin, 'forward_features') else twin)(x)
     before,behind,heard = told[0]
     early = block in reducers and reducers[block].early # then attention meets what is left
-    ids = token_ids(behind if early else before)
+    ids = (behind if early else before).ids()
     return listener.rows(heard, facts.n_prefix), ids.to(x.device).expand(len(x), -1)
 
 # %% ../nbs/11b_anatomy.ipynb #e8022251
@@ -245,7 +247,7 @@ def show_patch(
     return photo.figure
 
 # %% ../nbs/11b_anatomy.ipynb #21e75572
-def _fused(model, x, stage): # (block, ids of the tokens behind it, ids of what the stage pruned, their weights)
+def _fused(model, x, stage): # (block, ids behind it, ids of what was pruned, their weights)
     blocks = list(reducers_of(model))
     if not isinstance(stage, Integral) or isinstance(stage, bool) or not 0<=stage<len(blocks):
         raise ValueError(f"stage={stage!r}: the model has stages 0 to {len(blocks)-1}, "
@@ -254,19 +256,21 @@ def _fused(model, x, stage): # (block, ids of the tokens behind it, ids of what 
     record = records[stage]
     before = records[stage-1].reductions if stage else ()
     if len(record.reductions)==len(before):
-        raise ValueError(f"Stage {stage} (block {block}) keeps all its tokens: nothing is fused. Use set_rate, "
-                         "or another stage.")
+        raise ValueError(f"Stage {stage} (block {block}) keeps all its tokens: "
+                         "nothing is fused. Use set_rate, or another stage.")
     last = record.reductions[-1]
     if not last.extra:
-        raise ValueError(f"Block {block} reduces without a fusion token: prune with fuse=True or fuse='raw'.")
-    was,now = (token_ids(r).to(x.device).expand(len(x), -1) for r in (record._replace(reductions=before), record))
+        raise ValueError(f"Block {block} reduces without a fusion token: "
+                         "prune with fuse=True or fuse='raw'.")
+    was,now = (r.ids().to(x.device).expand(len(x), -1)
+               for r in (record._replace(reductions=before), record))
     return block, now, was.gather(1, last.gone), last.gone_weights
 
 def fusion_parts(
     model:nn.Module, # a pruned model with fusion
     x:Tensor, # images [B, 3, H, W], as it takes them
     stage:int=0 # which stage, from 0
-)->tuple: # (ids of what was pruned [B, P], -1 for an earlier fusion token; their weights [B, P])
+)->tuple: # (ids of what was pruned [B, P], -1 for a fusion token; their weights [B, P])
     "What a stage's fusion token is made of, heaviest first"
     return _fused(model, x, stage)[2:]
 

@@ -16,7 +16,7 @@ from .reduce import Reducer, reducers_of, set_rate
 
 # %% ../nbs/09_callbacks.ipynb #b38c67e1
 class ColumnCallback(Callback):
-    "Adds columns to the table of a fit: `columns` are their names, `values()` their numbers at the end of an epoch"
+    "Adds columns to the table of a fit: `columns` names them, `values()` has their numbers"
     order,columns = 55,()
     def before_fit(self):
         names = list(self.recorder.metric_names)
@@ -26,11 +26,12 @@ class ColumnCallback(Callback):
     def before_epoch(self): self.trained = False
     def before_train(self): self.trained = True
     def after_validate(self):
-        if self.trained: self.recorder.log += self.values() # `learn.validate()` has not trained
+        # `learn.validate()` has not trained
+        if self.trained: self.recorder.log += self.values()
 
 # %% ../nbs/09_callbacks.ipynb #c08df027
 class FlopsCallback(ColumnCallback):
-    "The column `gflops`: what one image costs in the model as it stands at the end of the epoch"
+    "The column `gflops`: what one image costs in the model as the epoch leaves it"
     columns = ('gflops',)
     def before_fit(self):
         super().before_fit()
@@ -102,7 +103,7 @@ class ThroughputCallback(ColumnCallback):
 
 # %% ../nbs/09_callbacks.ipynb #11b1d6c1
 class KeepRateSchedule(Callback):
-    "EViT's schedule: keep rate 1 at first, then half a cosine down to the model's own (base) rate"
+    "EViT's schedule: keep rate 1 at first, then half a cosine down to the model's base rate"
     order = 10
     def __init__(self,
         start:float=0.1, # part of the training after which the keep rate begins to fall
@@ -110,16 +111,18 @@ class KeepRateSchedule(Callback):
         validate_base:bool=True # validate with the base rate; else with the scheduled one
     ):
         if not 0<=start<end<=1:
-            raise ValueError(f"start={start!r}, end={end!r}: parts of the training, 0 <= start < end <= 1.")
+            raise ValueError(f"start={start!r}, end={end!r}: parts of the training, "
+                             "0 <= start < end <= 1.")
         self.start,self.end,self.validate_base = start,end,validate_base
-        self.base,self.last,self.rates = None,None,[] # rates: the first stage's, batch by batch
+        # rates: the first stage's, batch by batch
+        self.base,self.last,self.rates = None,None,[]
         self.fresh,self.loaded = False,False
 
     def _rates(self):
         reducers = reducers_of(self.model).values()
         if other := [r for r in reducers if r.knob!='keep_rate']:
-            raise ValueError(f"KeepRateSchedule: {type(other[0]).__name__} has no keep rate, but {other[0].knob}. "
-                             "It is for models that prune.")
+            raise ValueError(f"KeepRateSchedule: {type(other[0]).__name__} has no keep rate, "
+                             f"but {other[0].knob}. It is for models that prune.")
         return [r.keep_rate for r in reducers]
     def _set(self, rates):
         self.last = rates
@@ -143,7 +146,8 @@ class KeepRateSchedule(Callback):
         if self.validate_base: self._set(self.base)
     def after_fit(self): self._set(self.base)
 
-    # for a checkpoint (`10c_resume`); all else follows from the model and the place in the training
+    # for a checkpoint (`10c_resume`); all else follows from the model and the place
+    # in the training
     def state_dict(self): return dict(rates=list(self.rates))
     def load_state_dict(self, state): # before or in the `before_fit` of the fit that goes on
         self.rates,self.loaded = list(state['rates']),True

@@ -81,13 +81,15 @@ PUBLISHED = pd.read_csv(io.StringIO("""table,method,keep_rate,fuse,stride,top1,g
 def _run_name(r): # of a row
     if find_method(r.method).knob is None: return 'unpruned'
     if np.isnan(r.keep_rate): return r.method
-    return f"{r.method}-{r.keep_rate:g}{'-fused' if r.fuse else ''}{'-overlap' if r.stride==12 else ''}"
+    fused,overlap = '-fused' if r.fuse else '','-overlap' if r.stride==12 else ''
+    return f"{r.method}-{r.keep_rate:g}{fused}{overlap}"
 
 def table_runs(
     table:int # 1, 2 or 3
 )->pd.DataFrame: # the published rows of that table, with the name of each run
     "What has to be trained for a table of the paper"
-    if table not in (1,2,3): raise ValueError(f"table={table!r}: the paper has tables 1, 2 and 3.")
+    if table not in (1,2,3):
+        raise ValueError(f"table={table!r}: the paper has tables 1, 2 and 3.")
     rows = PUBLISHED[PUBLISHED.table==table].reset_index(drop=True)
     return rows.assign(run=[_run_name(r) for r in rows.itertuples()])
 
@@ -218,7 +220,7 @@ def _base(out, dls, epochs, seed): # the digits' trained ViT, which all rows sta
             print(f"base: an unpruned ViT on the digits, {epochs} epoch{'s' if epochs>1 else ''}")
             set_seed(seed)
             learn = demo_vit(dls=dls)
-            # from random weights a full learning rate at once ends anywhere between 92 and 98%
+            # from random weights a full learning rate at once ended anywhere between 92 and 98% (runs not kept)
             rising = ParamScheduler({'lr': combined_cos(.2, learn.lr/25, learn.lr, 0.)})
             _finish(folder, _fit(learn, epochs, folder, seed, rising))
     return folder/'model.safetensors'

@@ -38,21 +38,22 @@ from .teachers import check_teacher, EmaCallback, misfit
 def decay_groups(
     model:nn.Module # a timm model
 )->list: # [parameters without weight decay, parameters with it]
-    "Two parameter groups: biases, norms, LayerScale, class token, registers and position embedding are not decayed"
+    "Two groups: biases, norms, LayerScale, learned tokens and positions are not decayed"
     model = unwrap_model(model)
     own = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
     groups = param_groups_weight_decay(model, weight_decay=1., no_weight_decay_list=own)
-    return [[p for g in groups if (g['weight_decay']>0)==decayed for p in g['params']] for decayed in (False,True)]
+    return [[p for g in groups if (g['weight_decay']>0)==decayed for p in g['params']]
+            for decayed in (False,True)]
 
 # %% ../nbs/10_learner.ipynb #b54afc5a
 class CosineSchedule(ParamScheduler):
-    "Lowers the learning rate along a cosine, from the one that `fit` was given to 0 at the end of that fit"
+    "Lowers the learning rate along a cosine, from what `fit` was given to 0 at its end"
     def __init__(self): super().__init__({})
     def before_fit(self): # fastai calls this before a validation, too
         self.scheds = {'lr': SchedCos(self.opt.hypers[-1]['lr'], 0.)} if self.opt else {}
         super().before_fit()
-    def after_fit(self):
-        if self.hps.get('lr'): super().after_fit() # a validation leaves the record of the last fit
+    def after_fit(self): # a validation leaves the record of the last fit
+        if self.hps.get('lr'): super().after_fit()
     # what was; where it stands follows from the part of the training that is over
     def state_dict(self): return dict(hps=self.hps)
     def load_state_dict(self, d): self.hps = {k: list(v) for k,v in d['hps'].items()}
@@ -60,40 +61,51 @@ class CosineSchedule(ParamScheduler):
 # %% ../nbs/10_learner.ipynb #80d0dd53
 def _read_tensors(path): # of a file, without running anything in it
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint={path} is not {'a file' if path.exists() else 'there'}. "
+        there = 'a file' if path.exists() else 'there'
+        raise FileNotFoundError(f"checkpoint={path} is not {there}. "
                                 "Give a .safetensors file, or a .pth of tensors.")
     try: return load_state_dict(str(path), weights_only=True)
     except Exception as e: # unpickling foreign bytes can raise nearly anything
-        raise ValueError(f"{path} cannot be read as tensors. It is damaged, or holds Python objects, whose unpickling "
-                         "could run code: save it again with safetensors.torch.save_file(model.state_dict(), ...). "
+        raise ValueError(f"{path} cannot be read as tensors. It is damaged, or holds Python "
+                         "objects, whose unpickling could run code: save it again with "
+                         "safetensors.torch.save_file(model.state_dict(), ...). "
                          f"({str(e)[:200]})") from e
 
-def _converted(found, model): # to the names and shapes of this model, by the converter of its own family
-    modules = [sys.modules[kind.__module__] for kind in type(model).__mro__ if kind.__module__.startswith('timm.')]
-    convert = next((m.checkpoint_filter_fn for m in modules if hasattr(m, 'checkpoint_filter_fn')), None)
+# to the names and shapes of this model, by the converter of its own family
+def _converted(found, model):
+    modules = [sys.modules[kind.__module__] for kind in type(model).__mro__
+               if kind.__module__.startswith('timm.')]
+    convert = next((m.checkpoint_filter_fn for m in modules
+                    if hasattr(m, 'checkpoint_filter_fn')), None)
     if convert is not None:
-        adapts = 'adapt_layer_scale' in inspect.signature(convert).parameters # DeiT III's names
+        # DeiT III's names
+        adapts = 'adapt_layer_scale' in inspect.signature(convert).parameters
         found = convert(found, model, **(dict(adapt_layer_scale=True) if adapts else {}))
     return {k: v for k,v in found.items() if torch.is_tensor(v)}
 
-def _some(names, n=6): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
-def _shapes(tensors): return ', '.join(f'{k} {list(v.shape)}' for k,v in list(tensors.items())[:3])
+def _some(names, n=6):
+    return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+def _shapes(tensors):
+    return ', '.join(f'{k} {list(v.shape)}' for k,v in list(tensors.items())[:3])
 
 def load_weights(
     model:nn.Module, # a timm ViT, reduced or not
     checkpoint # safetensors, or .pth/.pt/.bin of tensors
-)->dict: # what did not match: `missing` from the file, `unused` in it, `shape` differs; names of tensors
-    "Load a checkpoint into a ViT of any number of classes and image size, and say what did not match"
+)->dict: # names of tensors `missing` from the file, `unused` in it, or of another `shape`
+    "Load a checkpoint of any classes and image size into a ViT, and say what did not match"
     path = Path(checkpoint).expanduser()
     own,found = model.state_dict(),_converted(_read_tensors(path), model)
     fits = {k: v for k,v in found.items() if k in own and v.shape==own[k].shape}
     if not any(k.startswith(f'{find_vit(model).path}.') for k in fits):
-        raise ValueError(f"{path} does not fit this model: no block matches. It holds {_shapes(found)}...; "
-                         f"the model has {_shapes(own)}... Is it the right arch?")
+        raise ValueError(f"{path} does not fit this model: no block matches. "
+                         f"It holds {_shapes(found)}...; the model has {_shapes(own)}... "
+                         "Is it the right arch?")
     model.load_state_dict(fits, strict=False)
-    report = dict(missing=[k for k in own if k not in found], unused=[k for k in found if k not in own],
+    report = dict(missing=[k for k in own if k not in found],
+                  unused=[k for k in found if k not in own],
                   shape=[k for k in found if k in own and k not in fits])
-    what = dict(missing='not in the file, so new', unused='in the file, but not used', shape='of another shape, so new')
+    what = dict(missing='not in the file, so new', unused='in the file, but not used',
+                shape='of another shape, so new')
     said = '; '.join(f"{what[k]}: {_some(names)}" for k,names in report.items() if names)
     print(f"{path.name}: {len(fits)} of {len(own)} tensors loaded. {said}")
     return report
@@ -138,31 +150,37 @@ def find_recipe(
     recipe:str # a name in `RECIPES`
 )->Recipe: # the record
     "A recipe by its name"
-    if recipe not in RECIPES: raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
     return RECIPES[recipe]
 
 # %% ../nbs/10_learner.ipynb #c406cc60
-def _create(arch, n_classes, img_size, pretrained, **kw): # a timm model; without a network the error says what to do
+# a timm model; without a network the error says what to do
+def _create(arch, n_classes, img_size, pretrained, **kw):
     if not timm.is_model(arch):
         similar = ', '.join(timm.list_models(f"*{arch.split('_')[0]}*")[:8]) or 'none'
-        raise ValueError(f"timm has no model '{arch}'. Similar: {similar}; timm.list_models() lists all.")
-    try: return timm.create_model(arch, pretrained=pretrained, num_classes=n_classes, img_size=img_size, **kw)
+        raise ValueError(f"timm has no model '{arch}'. Similar: {similar}; "
+                         "timm.list_models() lists all.")
+    try: return timm.create_model(arch, pretrained=pretrained, num_classes=n_classes,
+                                  img_size=img_size, **kw)
     except Exception as e:
         why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        if not pretrained or isinstance(e, (TypeError, AssertionError)): # not a matter of weights
+        # not a matter of weights
+        if not pretrained or isinstance(e, (TypeError, AssertionError)):
             given = f' with {kw}' if kw else ''
-            raise ValueError(f"timm could not create {arch} at {img_size} px{given} ({why}). Is it a ViT, "
-                             "such as vit_*, deit_*, eva02_* or beit_*?") from e
-        raise RuntimeError(f"No pretrained weights for {arch} ({why}). Without a network pass "
-                           "checkpoint='weights.safetensors', or pretrained=False to start from random weights.") from e
+            raise ValueError(f"timm could not create {arch} at {img_size} px{given} ({why}). "
+                             "Is it a ViT, such as vit_*, deit_*, eva02_* or beit_*?") from e
+        raise RuntimeError(f"No pretrained weights for {arch} ({why}). Without a network "
+                           "pass checkpoint='weights.safetensors', or pretrained=False "
+                           "to start from random weights.") from e
 
 # what happens to classes, attributes and modules of a model is undone if an error follows (the
 # values of its tensors are not)
 @contextmanager
 def _undone_on_error(model):
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    was = [(m, type(m), {k: (v, dict(v) if isinstance(v, dict) else None) for k,v in vars(m).items()})
-           for m in modules]
+    was = [(m, type(m), {k: (v, dict(v) if isinstance(v, dict) else None)
+                         for k,v in vars(m).items()}) for m in modules]
     try: yield
     except Exception:
         for m,kind,attrs in was:
@@ -181,8 +199,9 @@ def _stride(model): # of overlapping patches, None for ordinary ones
 
 def _fit_head(model, n_classes): # of a model that was made elsewhere
     if not hasattr(model, 'reset_classifier'):
-        raise TypeError(f"arch: this {type(model).__name__} has no classifier that could be fitted to the data: "
-                        "give a timm ViT, or one with num_classes and reset_classifier.")
+        raise TypeError(f"arch: this {type(model).__name__} has no classifier that could be "
+                        "fitted to the data: give a timm ViT, or one with num_classes and "
+                        "reset_classifier.")
     if model.num_classes!=n_classes: model.reset_classifier(n_classes)
 
 def thin_vit(
@@ -199,25 +218,30 @@ def thin_vit(
     "A ViT for some data, made cheaper, and with its weights"
     made = not isinstance(arch, str)
     if made and kwargs:
-        raise ValueError(f"{', '.join(kwargs)}: these are for timm.create_model, and the model is made already.")
-    model = arch if made else _create(arch, n_classes, img_size, pretrained and checkpoint is None, **kwargs)
+        raise ValueError(f"{', '.join(kwargs)}: these are for timm.create_model, and the "
+                         "model is made already.")
+    download = pretrained and checkpoint is None
+    model = arch if made else _create(arch, n_classes, img_size, download, **kwargs)
     with _undone_on_error(model):
         find_vit(model)
         if stride is not None: overlap_patches(model, stride)
         reduce_vit(model, method, **settings)
         if problem := misfit(model, img_size): raise ValueError(problem)
         _fit_head(model, n_classes)
-        if checkpoint is not None: load_weights(model, checkpoint) # the head, too, where it fits
+        # the head, too, where it fits
+        if checkpoint is not None: load_weights(model, checkpoint)
     return model
 
 # %% ../nbs/10_learner.ipynb #22242db6
-def _normalise(dls, mean, std): # images as the architecture wants them, in place of an earlier architecture's
+# images as the architecture wants them, in place of an earlier architecture's
+def _normalise(dls, mean, std):
     norm = Normalize.from_stats(mean, std)
     norm.by_arch = True
     former = [f for f in dls.train.after_batch.fs if getattr(f, 'by_arch', False)]
     if former and not torch.allclose(former[0].mean.cpu(), norm.mean.cpu()):
-        warnings.warn("These DataLoaders normalised images for another architecture so far: a Learner made with them "
-                      "before now sees images normalised for the new one. Make DataLoaders of its own for each.",
+        warnings.warn("These DataLoaders normalised images for another architecture so far: "
+                      "a Learner made with them before now sees images normalised for the new "
+                      "one. Make DataLoaders of its own for each.",
                       stacklevel=3)
     for dl in dls.loaders:
         fs = [f for f in dl.after_batch.fs if not getattr(f, 'by_arch', False)]
@@ -236,17 +260,20 @@ def _statistics(model): # mean and standard deviation that images are normalised
 def _warn_of_teacher(teacher, stats): # what it sees is normalised for the model
     seen = getattr(teacher, 'recipe', None) or getattr(teacher, 'pretrained_cfg', None) or {}
     if any(list(seen.get(k, v))!=v for k,v in stats.items()):
-        warnings.warn("The teacher was made for images normalised otherwise than the model's, and will see the "
-                      "model's.", stacklevel=3)
+        warnings.warn("The teacher was made for images normalised otherwise than the model's, "
+                      "and will see the model's.", stacklevel=3)
 
 def _amp(amp, device): # None, 'bfloat16' or 'float16'
     if amp not in ('auto','bfloat16','float16',None):
-        raise ValueError(f"amp={amp!r}: 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float16', "
-                         "or None for float32.")
+        raise ValueError(f"amp={amp!r}: 'auto' (bfloat16 on GPUs that have it), 'bfloat16', "
+                         "'float16', or None for float32.")
     cuda = torch.device(device).type=='cuda'
-    if amp=='auto': return 'bfloat16' if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else None
+    if amp=='auto':
+        able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return 'bfloat16' if able else None
     if amp and not cuda:
-        raise ValueError(f"amp={amp!r}: training in half precision needs a GPU, and this data goes to {device}.")
+        raise ValueError(f"amp={amp!r}: training in half precision needs a GPU, and this data "
+                         f"goes to {device}.")
     return amp
 
 def chosen_method(
@@ -254,29 +281,30 @@ def chosen_method(
     method=None, # a name in `METHODS` instead
     compile=False # whether the model is to be compiled for its training
 ): # what to call `reduce_vit` with
-    "What an indicator and a method ask for together: one of them, or, if there is none, variance"
+    "What an indicator and a method ask for together: one of them; variance if there is none"
     if None not in (indicator, method) and indicator!=method:
-        raise ValueError(f"indicator={indicator!r}, method={method!r}: each says how the model is made cheaper. "
-                         "Give one of them.")
+        raise ValueError(f"indicator={indicator!r}, method={method!r}: each says how the "
+                         "model is made cheaper. Give one of them.")
     chosen = next((m for m in (method, indicator) if m is not None), 'variance')
     if compile and not (found := find_method(chosen)).compiles:
-        raise ValueError(f"compile: the number of tokens that {found.title} keeps changes with every batch in "
-                         "training, and each new number would be compiled anew. Train it without compile.")
+        raise ValueError(f"compile: the number of tokens that {found.title} keeps changes "
+                         "with every batch in training, and each new number would be compiled "
+                         "anew. Train it without compile.")
     return chosen
 
 # %% ../nbs/10_learner.ipynb #3d944833
 def prune_learner(
     dls:DataLoaders, # images [B, 3, H, W] and classes
     arch='deit_small_patch16_224', # a timm ViT by name, or a ViT
-    indicator=None, # 'mean', 'variance', 'medad' or a callable [B, H, N] -> [B, N]; default variance
-    keep_rate:float=None, # share of the tokens each stage keeps, in (0, 1]; default 0.7; one or one a block; 1: all
+    indicator=None, # 'mean', 'variance' (default), 'medad' or callable [B, H, N] -> [B, N]
+    keep_rate:float=None, # share each stage keeps, in (0, 1], one or one a block; default 0.7
     blocks=None, # indexes of the blocks that prune; default the quarter points of the depth
-    fuse=None, # fold pruned tokens into one: True (eq. 8, the default), 'raw' (EViT's weights) or False
+    fuse=None, # pruned tokens into one: True (eq. 8, default), 'raw' (EViT's weights), False
     temperature:float=None, # tau of eq. 8; default the indicator's own
-    method=None, # instead of an indicator: 'evit', 'tome', 'dynamicvit', 'random' or 'none', with what belongs to it
-    r=None, # ToMe: tokens that each block merges away; default 13; one number or one a block
+    method=None, # or 'evit', 'tome', 'fold', 'dynamicvit', 'random', 'none', without indicator
+    r=None, # ToMe, fold: tokens that go in each block, one number or one a block; default 13
     teacher:nn.Module=None, # the unpruned, trained ViT to learn from, besides the labels
-    stride:int=None, # from one patch to the next, in pixels: less than the patch size makes them overlap
+    stride:int=None, # from patch to patch, in pixels; less than the patch size: they overlap
     pretrained:bool=True, # weights from timm's hub, unless there is a checkpoint
     checkpoint=None, # weights from a safetensors or .pth file instead
     recipe:str='quick', # 'quick' or 'paper': the defaults of what follows, in `RECIPES`
@@ -285,8 +313,8 @@ def prune_learner(
     mix:bool=None, # Mixup and CutMix in training
     erase:float=None, # RandomErasing: share of the training images
     clip:float=None, # greatest norm of the gradients
-    ema:float=None, # decay of averaged weights, such as 0.9998, which are then validated and saved; default none
-    amp:str='auto', # 'auto' is bfloat16 on GPUs that have it; 'bfloat16', 'float16', or None for float32
+    ema:float=None, # decay of averaged weights, which are validated and saved; default none
+    amp:str='auto', # 'auto' (bfloat16 on GPUs that have it), 'bfloat16', 'float16' or None
     compile=False, # True for torch.compile, or the name of a backend
     loss_func=None, # default cross-entropy
     metrics=accuracy, # fastai metrics
@@ -294,35 +322,44 @@ def prune_learner(
     path=None, # where fastai keeps files; default that of `dls`
     **kwargs # for `timm.create_model`, such as drop_path_rate=0.1
 )->Learner: # `.recipe` says how its model was made, `.settings` how it is trained
-    "A fastai `Learner` with a ViT that is made cheaper, AdamW that decays matrices only, and a cosine learning rate"
+    "A fastai `Learner` with a cheaper ViT, AdamW that decays matrices only, and a cosine rate"
     how = find_recipe(recipe).but(lr=lr, wd=wd, mix=mix, erase=erase, clip=clip, ema=ema)
     amp = _amp(amp, dls.device)
     method = chosen_method(indicator, method, compile)
     size,n_classes = _side(dls),get_c(dls)
-    if n_classes<2: raise ValueError(f"The data has {n_classes} classes: at least 2 are needed.")
+    if n_classes<2:
+        raise ValueError(f"The data has {n_classes} classes: at least 2 are needed.")
 
     if teacher is not None: check_teacher(teacher, n_classes, size)
-    own = [CosineSchedule(), *pkgutil.resolve_name(find_method(method).training)(teacher), *how.callbacks()]
+    of_method = pkgutil.resolve_name(find_method(method).training)(teacher)
+    own = [CosineSchedule(), *of_method, *how.callbacks()]
     if amp: own.append(MixedPrecision('bf16' if amp=='bfloat16' else 'fp16'))
 
-    settings = dict(keep_rate=keep_rate, r=r, blocks=blocks, fuse=fuse, temperature=temperature)
-    model = thin_vit(arch, method, settings, n_classes, size, stride, pretrained, checkpoint, **kwargs)
+    settings = dict(keep_rate=keep_rate, r=r, blocks=blocks, fuse=fuse,
+                    temperature=temperature)
+    model = thin_vit(arch, method, settings, n_classes, size, stride, pretrained, checkpoint,
+                     **kwargs)
     stats = _statistics(model)
     _normalise(dls, **stats)
     if teacher is not None: _warn_of_teacher(teacher, stats)
     if recipe=='paper' and dls.train.bs!=how.batch_size and lr is None:
-        warnings.warn(f"The paper's learning rate, {how.lr:g}, belongs to batches of {how.batch_size} images, and "
-                      f"these are of {dls.train.bs}: pass lr=, or make the data with batch_size={how.batch_size}.",
+        warnings.warn(f"The paper's learning rate, {how.lr:g}, belongs to batches of "
+                      f"{how.batch_size} images, and these are of {dls.train.bs}: pass lr=, "
+                      f"or make the data with batch_size={how.batch_size}.",
                       stacklevel=2)
 
-    net = torch.compile(model, **({} if compile is True else dict(backend=compile))) if compile else model
-    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat() if loss_func is None else loss_func,
-                    metrics=metrics, cbs=[*own, *listify(cbs)], path=path, **how.optimizer())
-    trained = {k: v for k,v in asdict(how).items() if k not in ('epochs','batch_size')} # the fit's and the data's
-    learn.settings = dict(trained, recipe=recipe, amp=amp, compile=compile, teacher=teacher is not None)
+    backend = {} if compile is True else dict(backend=compile)
+    net = torch.compile(model, **backend) if compile else model
+    if loss_func is None: loss_func = CrossEntropyLossFlat()
+    learn = Learner(dls, net, loss_func=loss_func, metrics=metrics,
+                    cbs=[*own, *listify(cbs)], path=path, **how.optimizer())
+    elsewhere = ('epochs','batch_size') # the fit's and the data's
+    trained = {k: v for k,v in asdict(how).items() if k not in elsewhere}
+    learn.settings = dict(trained, recipe=recipe, amp=amp, compile=compile,
+                          teacher=teacher is not None)
     classes = [str(c) for c in getattr(dls, 'vocab', range(n_classes))]
-    learn.recipe = dict(arch=arch if isinstance(arch, str) else None, arch_args=kwargs, img_size=size,
-                        stride=_stride(model), classes=classes, **stats)
+    learn.recipe = dict(arch=arch if isinstance(arch, str) else None, arch_args=kwargs,
+                        img_size=size, stride=_stride(model), classes=classes, **stats)
     return learn
 
 # %% ../nbs/10_learner.ipynb #5162d9c9
@@ -350,8 +387,8 @@ def save_vit(
 
 def _read_made(folder): # what model.json says
     if not (folder/'model.json').is_file():
-        raise FileNotFoundError(f"{folder} has no model.json: give a folder that save_vit or attn_diversity_train "
-                                "has written.")
+        raise FileNotFoundError(f"{folder} has no model.json: give a folder that save_vit or "
+                                "attn_diversity_train has written.")
     try:
         made = json.loads((folder/'model.json').read_text())
         dict(made['pruning'])
@@ -364,32 +401,36 @@ def _saved_method(pruning, indicator): # (method, settings)
     named = settings.pop('indicator', None) # files of the first version
     named = settings.pop('method', named)
     if indicator is None and named not in METHODS:
-        raise ValueError(f"This model was pruned by an indicator of your own, {named}: pass it as indicator=.")
+        raise ValueError(f"This model was pruned by an indicator of your own, {named}: "
+                         "pass it as indicator=.")
     return named if indicator is None else indicator, settings
 
 def load_vit(
     folder, # a folder that `save_vit` wrote
     indicator=None, # the indicator, where it was one of your own
-    model:nn.Module=None # a model like it, unpruned, where `prune_learner` was given one instead of a name
+    model:nn.Module=None # one like it, unpruned, if `prune_learner` was given one and no name
 )->nn.Module: # in eval mode on the CPU; `.recipe` holds classes, image size, mean and std
     "The model that `save_vit` saved"
     folder = Path(folder).expanduser()
     made = _read_made(folder)
     method,settings = _saved_method(made['pruning'], indicator)
     if model is None and made['arch'] is None:
-        raise ValueError("This model was made outside of prune_learner, which cannot make it again: "
-                         "pass one like it as model=.")
+        raise ValueError("This model was made outside of prune_learner, which cannot make it "
+                         "again: pass one like it as model=.")
     size = tuple(made['img_size']) if isinstance(made['img_size'], list) else made['img_size']
-    if model is None: model = _create(made['arch'], len(made['classes']), size, False, **made['arch_args'])
+    if model is None:
+        model = _create(made['arch'], len(made['classes']), size, False, **made['arch_args'])
     stride,now = made.get('stride'),_stride(model) # old files know none
     if stride is None and now is not None:
-        raise ValueError("The patches of the saved model do not overlap, those of the given one do, at a stride of "
-                         f"{now}: pass one that was not through overlap_patches.")
+        raise ValueError("The patches of the saved model do not overlap, those of the given "
+                         f"one do, at a stride of {now}: pass one that was not through "
+                         "overlap_patches.")
     with _undone_on_error(model):
         if stride is not None: overlap_patches(model, stride)
         reduce_vit(model, method, **settings)
         try: model.load_state_dict(safetensors.torch.load_file(folder/'model.safetensors'))
         except (SafetensorError, OSError, RuntimeError) as e:
-            raise ValueError(f"{folder/'model.safetensors'} is missing, damaged, or of another model: {e}") from e
+            raise ValueError(f"{folder/'model.safetensors'} is missing, damaged, or of "
+                             f"another model: {e}") from e
     model.recipe = made
     return model.eval()

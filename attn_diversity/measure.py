@@ -110,8 +110,9 @@ def example_images(
 # a block, and its part, as timm, transformers and open_clip name them
 _BLOCK = re.compile(r'(?:.*?\.)?(?:blocks|layers?|resblocks)\.\d+(?:\.(\w+).*)?')
 # words in the names of modules
-_WORDS = dict(norm='norms', ln_='norms', pool='pooling', attn='attention', attention='attention',
-              mlp='MLP', ffn='MLP', reducer='pruning', predictors='pruning', embed='embedding')
+_WORDS = dict(norm='norms', ln_='norms', pool='pooling',
+              attn='attention', attention='attention', mlp='MLP', ffn='MLP',
+              reducer='pruning', predictors='pruning', embed='embedding')
 
 def _part(name, op): # what part of a ViT an operation of the module `name` belongs to
     block = _BLOCK.fullmatch(name)
@@ -124,7 +125,7 @@ def count_flops(
     model:nn.Module, # a model of images [B, 3, H, W]
     img_size=None # side of the images in pixels, or (height, width); default the model's own
 )->Measured: # GFLOPs of one image; `.parts` by part of the model
-    "GFLOPs by fvcore's convention: a multiply-add is 1, a LayerNorm 5 a value, softmax and GELU 0"
+    "GFLOPs as fvcore counts: a multiply-add is 1, a LayerNorm 5 a value, softmax and GELU 0"
     model = unwrap_model(model)
     x = example_images(model, 1, img_size)
     with evaluating(model): count = flop_count(model, x)
@@ -175,7 +176,8 @@ def device_name(
     device = torch.device(device)
     if device.type=='cuda': return torch.cuda.get_device_name(device)
     if device.type!='cpu': return device.type
-    return f'cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)'
+    return (f'cpu ({torch.backends.cpu.get_cpu_capability()}, '
+            f'{torch.get_num_threads()} threads)')
 
 # %% ../nbs/07_measure.ipynb #47c1ac27
 _DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)

@@ -25,7 +25,7 @@ from .measure import count_flops, flop_count
 from .methods import method_config, twin_of
 from .pruning import Prune, prune_vit
 from .reduce import reducers_of, restore_vit
-from .vis import fade, patch_layout, patch_mask, pixel_mask, token_ids
+from .vis import fade, patch_layout, patch_mask, pixel_mask
 
 # %% ../nbs/11c_session.ipynb #7bff4ad3
 EXAMPLES = dict( # by scikit-learn, scikit-learn and matplotlib
@@ -173,7 +173,7 @@ class Session:
     def _stage(self, i, r, answers, run):
         if not answers: r.indicator(r.rows(run.heard, self.n_prefix)) # nothing is pruned, so nobody has asked
         rows,scores = (t[0].cpu() for t in answers[0])
-        before,after = (token_ids(record)[0].cpu() for record in (run.record, run.behind))
+        before,after = (record.ids()[0].cpu() for record in (run.record, run.behind))
         weights = None
         if len(after)<len(before) and (last := run.behind.reductions[-1]).extra: # in the fusion token
             weights = torch.full((len(before),), torch.nan)
