@@ -2,6 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 INSTALLED = .venv/.installed
+JOBS ?= 2
+NOTEBOOKS = $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
+# a process a notebook, so that none inherits the memory of another; one thread each, or they would be in each other's way
+NBTEST = @printf '%s\n' $(NOTEBOOKS) | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I NB $(BIN)/nbdev_test --path NB --n_workers 0 --do_print --timing
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(JOBS) --dist loadfile --durations 15
 
 .PHONY: help install demo gauge test test-slow export readme docs clean
 
@@ -25,13 +30,13 @@ SHARED = @test -d ../shared || echo 'SKIPPED: there is no ../shared beside the p
 
 test: install ## every notebook and tests/, without slow and GPU cells
 	$(SHARED)
-	$(BIN)/nbdev_test --n_workers 0 --do_print --timing
-	$(BIN)/python -m pytest -q -rs -m 'not slow' tests
+	$(NBTEST)
+	$(PYTEST) -m 'not slow' tests
 
 test-slow: install ## the same with the slow cells
 	$(SHARED)
-	$(BIN)/nbdev_test --n_workers 0 --do_print --timing --flags slow
-	$(BIN)/python -m pytest -q -rs tests
+	$(NBTEST) --flags slow
+	$(PYTEST) tests
 
 export: install ## notebooks to modules, and clean notebooks
 	$(BIN)/nbdev_export

@@ -6,7 +6,7 @@
 __all__ = ['train', 'prepare_command', 'sweep', 'report_command', 'bench', 'demo']
 
 # %% ../nbs/14_commands.ipynb #e4874e07
-import copy, json, platform, sys, time
+import copy, errno, json, math, os, platform, sys, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
@@ -15,35 +15,48 @@ from fastcore.script import call_parse
 from timm.models import VisionTransformer
 from timm.utils.model import unwrap_model
 from .bench import benchmark, plot_speed
-from .callbacks import FlopsCallback, ThroughputCallback
-from .data import IMAGENET100, digits_dls
+from .callbacks import checked_number, FlopsCallback, ThroughputCallback
+from .data import check_whole, IMAGENET100, digits_dls
 from .distributed import join_processes
-from .experiments import check_outside, demo_vit, find_dls, report, run_table
+from .experiments import check_outside, demo_vit, find_dls, report, results_folder, run_table
 from .families import find_vit
 from .learner import chosen_method, find_recipe, load_vit, prune_learner, save_vit
 from .methods import METHODS, method_config, reduce_vit
 from .prepare import prepare
 from .pruning import checked_rate
 from .reduce import reducers_of, token_counts, trace_records
-from .resume import fit_saved, saved_checkpoints
+from .resume import claimed, fit_saved, saved_checkpoints
 from .vis import patch_layout, show_stages
 
 # %% ../nbs/14_commands.ipynb #ecec5a07
 def _is_command(name): return Path(sys.argv[0]).stem==name # typed in a shell, not called from Python
 
+def _in_words(e): # what happened, in one line
+    said = str(e)
+    if not said or not isinstance(e, (ValueError, TypeError, OSError, RuntimeError)):
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        said = (f"{type(e).__name__}: {said} ({at.filename}, line {at.lineno}). This was not foreseen: "
+                "please report it, with the command.")
+    full = any(os.strerror(n) in said for n in (errno.ENOSPC, errno.EDQUOT))
+    if full and 'ake room' not in said:
+        said = f"{said.rstrip('.')}. Make room, or choose a folder on another disk."
+    return said
+
 @contextmanager
 def _plain_errors(name): # for a command, not for a call from Python
     try: yield
-    except (ValueError, TypeError, OSError, RuntimeError) as e:
-        if not _is_command(name) or not str(e): raise
-        sys.exit(f"{name}: {e}")
+    except Exception as e:
+        if not _is_command(name): raise
+        sys.exit(f'{name}: {_in_words(e)}')
     except KeyboardInterrupt: # what there is to say has been said
         if not _is_command(name): raise
         sys.exit(130)
 
 def _free_folder(out, overwrite, files): # the folder; without `overwrite` it must hold none of the files
-    out = Path(out).expanduser()
-    if out.is_file(): raise NotADirectoryError(f"{out} is a file: give a folder for the results.")
+    out = results_folder(out)
+    if wrong := [out/f for f in files if (out/f).is_dir()]:
+        raise IsADirectoryError(f"{wrong[0]} is a folder, and a file is to be written there: move it away, "
+                                "or choose another --out.")
     there = [f for f in files if (out/f).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{out} already holds {', '.join(there)}: choose another --out, "
@@ -64,9 +77,9 @@ def _check_method(indicator, method, compile, settings): # as the tool would, be
     reduce_vit(toy, chosen_method(indicator, method, compile), **settings)
 
 def _training_folder(out, resume, overwrite): # checked; nothing is written yet
-    out = Path(out).expanduser()
     if resume and overwrite:
         raise ValueError("resume goes on with what is there, overwrite begins anew: give one of them.")
+    out = results_folder(out)
     if saved_checkpoints(out/'checkpoints') and not (resume or overwrite):
         raise FileExistsError(f"{out} holds a training that was interrupted: go on with it by --resume, "
                               "replace it by --overwrite, or choose another --out.")
@@ -97,6 +110,10 @@ def _draw_kept(learn, path): # on four validation photographs, where something c
     _save_figure(show_stages(model, x, titles=[dls.vocab[int(c)] for c in y]), path)
 
 def _finish(learn, out, result): # weights, picture; checkpoints have done their work
+    seconds,dls = float(pd.read_csv(out/'history.csv').seconds.mean()),learn.dls
+    result.update(seconds_an_epoch=round(seconds, 2), train_photographs=len(dls.train_ds),
+                  valid_photographs=len(dls.valid_ds), processes=max(1, num_distrib()), device=str(dls.device),
+                  **learn.settings)
     save_vit(learn, out, **result)
     _draw_kept(learn, out/'kept_patches.png')
     for *_,f in saved_checkpoints(out/'checkpoints'): f.unlink()
@@ -142,11 +159,12 @@ def train(
         settings = dict(keep_rate=keep_rate, r=r, fuse=False if no_fuse else None, temperature=temperature)
         _check_method(indicator, method, compile, settings)
         how = find_recipe(recipe).but(epochs=epochs, batch_size=batch_size)
-        if how.epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
+        check_whole(1, epochs=how.epochs)
         out = _training_folder(out, resume, overwrite)
         join_processes() # each takes its GPU before the data ask for one
         first = not rank_distrib() # speaks and writes for all processes
         check_outside(out, path)
+        taught = None if teacher is None else load_vit(teacher)
         dls = find_dls(path, img_size, how.batch_size, seed, valid_pct, n_workers)
         if first:
             classes = f"{', '.join(dls.vocab[:10])}{' ...' if len(dls.vocab)>10 else ''}"
@@ -154,25 +172,19 @@ def train(
                   f"{len(dls.vocab)} classes: {classes}")
         set_seed(seed)
         learn = prune_learner(dls, arch, indicator, method=method, stride=stride, pretrained=not scratch,
-                              checkpoint=checkpoint, recipe=recipe, lr=lr, wd=wd, ema=ema,
-                              teacher=None if teacher is None else load_vit(teacher), compile=compile, path=out,
-                              amp=None if amp=='none' else amp, **settings,
+                              checkpoint=checkpoint, recipe=recipe, lr=lr, wd=wd, ema=ema, teacher=taught,
+                              compile=compile, path=out, amp=None if amp=='none' else amp, **settings,
                               **(dict(drop_path_rate=drop_path) if drop_path else {}))
-        if first: # only now: a mistake leaves nothing behind
-            out.mkdir(parents=True, exist_ok=True)
-            if overwrite: _clear(out)
-            print(f"{arch}: {_tokens(learn)}")
-        if num_distrib()>1: torch.distributed.barrier() # nobody looks into the folder before it is in order
-        set_seed(seed) # the same random numbers, however many the weights needed
-        columns = [FlopsCallback(), ThroughputCallback()]
-        result = fit_saved(learn, how.epochs, out, resume=resume, cbs=columns, seed=seed)
-    if not first: return
-    seconds = float(pd.read_csv(out/'history.csv').seconds.mean())
-    result.update(epochs=how.epochs, seconds_an_epoch=round(seconds, 2), train_photographs=len(dls.train_ds),
-                  valid_photographs=len(dls.valid_ds), seed=seed, batch_size=how.batch_size,
-                  processes=max(1, num_distrib()), device=str(dls.device), **learn.settings)
-    _finish(learn, out, result)
-    if not _is_command('attn_diversity_train'): return result # a shell would take it for an exit status
+        with claimed(out): # only now: a mistake leaves nothing behind
+            if first and overwrite: _clear(out)
+            if first: print(f"{arch}: {_tokens(learn)}")
+            if num_distrib()>1: torch.distributed.barrier() # nobody looks into the folder before it is in order
+            set_seed(seed) # the same random numbers, however many the weights needed
+            columns = [FlopsCallback(), ThroughputCallback()]
+            result = fit_saved(learn, how.epochs, out, resume=resume, cbs=columns, seed=seed)
+            result.update(epochs=how.epochs, seed=seed, batch_size=how.batch_size)
+            if first: _finish(learn, out, result)
+    if first and not _is_command('attn_diversity_train'): return result # a shell would take it for an exit status
 
 # %% ../nbs/14_commands.ipynb #5eb982ad
 @call_parse
@@ -234,10 +246,14 @@ def report_command(
 
 # %% ../nbs/14_commands.ipynb #2b5c1341
 def _several(name, text, kind=str): # '0.9,0.7' -> [.9,.7]
-    try: return [kind(t.strip()) for t in str(text).split(',')]
+    try: found = [kind(t.strip()) for t in str(text).split(',')]
     except ValueError:
         wanted = dict(float='numbers', int='whole numbers')[kind.__name__]
         raise ValueError(f"{name}={text!r}: give {wanted} separated by commas.") from None
+    if twice := [v for v in found if found.count(v)>1]:
+        raise ValueError(f"{name}={text!r}: {twice[0]} is named twice. Name each once.")
+    if kind is int: check_whole(1, **{name: min(found)})
+    return found
 
 @call_parse
 def bench(
@@ -261,20 +277,23 @@ def bench(
     with _plain_errors('attn_diversity_bench'):
         files = ['bench.csv','bench.json','bench.png']
         out = _free_folder(out, overwrite, files)
+        checked_number('seconds', seconds, 'how long to repeat must be a number of seconds from 0, and end',
+                       lambda s: 0<=s<math.inf)
         table = benchmark(_several('archs', archs), _several('keep_rates', keep_rates, float),
                           _several('indicators', indicators), _several('batch_sizes', batch_sizes, int),
                           _several('img_sizes', img_sizes, int), fuse=not no_fuse, stride=stride, training=train,
                           device=device, seconds=seconds, amp=amp, channels_last=channels_last,
                           compile=True if compile=='default' else compile or False)
+        about = dict(table.attrs, python=platform.python_version(), system=f'{platform.system()} {platform.machine()}')
+        # before anything is written, which a full disk can prevent
+        print(', '.join(f'{k.replace("_"," ")} {v}' for k,v in about.items()))
+        print(table.to_string(index=False, float_format='{:.2f}'.format))
         out.mkdir(parents=True, exist_ok=True)
-    about = dict(table.attrs, python=platform.python_version(), system=f'{platform.system()} {platform.machine()}')
-    rows = json.loads(table.to_json(orient='records'))
-    table.to_csv(out/'bench.csv', index=False)
-    (out/'bench.json').write_text(json.dumps(dict(about=about, rows=rows), indent=2)+'\n')
-    _save_figure(plot_speed(table), out/'bench.png')
-    print(', '.join(f'{k.replace("_"," ")} {v}' for k,v in about.items()))
-    print(table.to_string(index=False, float_format='{:.2f}'.format))
-    print(f"Written: {', '.join(str(out/f) for f in files)}")
+        rows = json.loads(table.to_json(orient='records'))
+        table.to_csv(out/'bench.csv', index=False)
+        (out/'bench.json').write_text(json.dumps(dict(about=about, rows=rows), indent=2)+'\n')
+        _save_figure(plot_speed(table), out/'bench.png')
+        print(f"Written: {', '.join(str(out/f) for f in files)}")
     if not _is_command('attn_diversity_bench'): return table # a shell would take it for an exit status
 
 # %% ../nbs/14_commands.ipynb #ece3e22d
@@ -283,21 +302,7 @@ def _timed(learn, epochs, fit, **kw): # runs `fit` and returns wall seconds an e
     fit(epochs, **kw)
     return (time.perf_counter()-start)/epochs
 
-@call_parse
-def demo(
-    keep_rate:float=0.7, # share of the tokens each stage keeps, in (0, 1]
-    epochs:int=16, # of training the unpruned model
-    tune_epochs:int=4, # of fine-tuning each pruned one
-    seed:int=42, # of weights, split and order
-    out:str='attn_diversity_demo', # folder for results.csv and kept_patches.png
-):
-    "Train a small ViT on handwritten digits, prune it by variance and by MedAD, fine-tune it, and compare"
-    with _plain_errors('attn_diversity_demo'):
-        checked_rate(keep_rate)
-        if epochs<1 or tune_epochs<1:
-            raise ValueError(f"epochs={epochs}, tune_epochs={tune_epochs}: at least 1 of each is needed.")
-        out = Path(out).expanduser()
-        out.mkdir(parents=True, exist_ok=True)
+def _demo(keep_rate, epochs, tune_epochs, seed, out):
     start = time.perf_counter()
     set_seed(seed)
     dls = digits_dls(batch_size=32, seed=seed)
@@ -332,4 +337,22 @@ def demo(
     print('\n' + table.to_string(index=False, formatters=formats))
     print(f"\nIn {time.perf_counter()-start:.0f} s on {dls.device}, {torch.get_num_threads()} threads. "
           f"Written: {out/'results.csv'}, {out/'kept_patches.png'}")
+    return table
+
+@call_parse
+def demo(
+    keep_rate:float=0.7, # share of the tokens each stage keeps, in (0, 1]
+    epochs:int=16, # of training the unpruned model
+    tune_epochs:int=4, # of fine-tuning each pruned one
+    seed:int=42, # of weights, split and order
+    out:str='attn_diversity_demo', # folder for results.csv and kept_patches.png
+):
+    "Train a small ViT on handwritten digits, prune it by variance and by MedAD, fine-tune it, and compare"
+    with _plain_errors('attn_diversity_demo'):
+        checked_rate(keep_rate)
+        check_whole(1, epochs=epochs, tune_epochs=tune_epochs)
+        check_whole(0, 2**63-1, seed=seed)
+        out = results_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
+        table = _demo(keep_rate, epochs, tune_epochs, seed, out)
     if not _is_command('attn_diversity_demo'): return table # a shell would take it for an exit status

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fold_tokens', 'Fold', 'fold_vit']
 
-# %% ../nbs/05b_fold.ipynb #2c3d74dc
+# %% ../nbs/05b_fold.ipynb #34ac96c8
 import math
 import torch
 import torch.nn.functional as F
@@ -17,16 +17,16 @@ from .indicators import get_indicator
 from .pruning import checked_rate, indicator_name, kept_count, Scored
 from .reduce import block_ids, insert_reducers, one_each
 from .reduction import take_tokens
-from .tome import mean_keys, Merge, merging
+from .tome import checked_r, kept_by_r, mean_keys, Merge, merging
 
-# %% ../nbs/05b_fold.ipynb #4f257930
-def _nearest_above(f, rows=128): # the cosine to the nearest before each; -2 for the first
+# %% ../nbs/05b_fold.ipynb #04d6cfc2
+def _nearest_above(f, rows=128): # the cosine to the nearest token before each
     found = []
     for i in range(0, f.shape[1], rows): # in chunks, with the columns up to their end
         own = f[:,i:i+rows]
         m = own.shape[1]
         alike = own @ f[:,:i+m].transpose(1, 2)
-        alike[:,:,i:] += torch.full((m,m), -3., device=f.device).triu() # itself, those behind
+        alike[:,:,i:] += torch.full((m,m), -3., device=f.device).triu() # not those
         found.append(alike.amax(-1))
     return torch.cat(found, 1)
 
@@ -34,21 +34,22 @@ def fold_tokens(
     keys:Tensor, # what to compare the tokens behind the prefix by [B, n, D]
     scores:Tensor, # how much each of them matters, 0 or more [B, n]
     k:int, # tokens that stay, from 1 to n-1
-    lam:float=.5 # how much the scores count; 0: only likeness does
+    lam:float=.5 # how much the scores count; 0: for the direction only
 )->tuple: # (kept [B, k] by falling score, gone [B, n-k], into [B, n-k]: places among the kept)
     "The tokens that cost least to lose, each into the one most like it of those that stay"
     n,scores = keys.shape[1],scores.detach().float()
     order = scores.argsort(1, descending=True) # from here on by falling score
     with no_autocast(keys):
         f = take_tokens(F.normalize(keys.detach().float(), dim=-1), order)
-        nearest = _nearest_above(f)
-        price = scores.gather(1, order)**lam * (1-nearest)
-        first = price.argsort(1)
+        apart = 1-_nearest_above(f)
+        tiny = torch.finfo(f.dtype).tiny
+        price = lam*scores.gather(1, order).clamp(min=tiny).log() + apart.clamp(min=tiny).log()
+        first = price.argsort(1) # by its logarithm, which no lambda makes too large
         gone,stay = first[:,:n-k],first[:,n-k:].sort(1).values
         into = (take_tokens(f, gone) @ take_tokens(f, stay).transpose(1, 2)).argmax(-1)
     return order.gather(1, stay), order.gather(1, gone), into
 
-# %% ../nbs/05b_fold.ipynb #2f4b3b82
+# %% ../nbs/05b_fold.ipynb #97465cb3
 class Fold(Scored):
     "Folds what is alike and little looked at into what it is most like"
     sizes,no_mask = True,Merge.no_mask
@@ -57,7 +58,7 @@ class Fold(Scored):
         knob:str, # what says how many go: 'r', or 'keep_rate'
         value, # tokens to fold away, half of them at most; or the share to keep, in (0, 1]
         indicator, # [B, H, N] -> [B, N]: what scores high goes late; None: the tokens' sizes
-        lam:float=.5, # how much the scores count; 0: only likeness does
+        lam:float=.5, # how much the scores count; 0: for the direction only
         class_token:bool=True # its attention scores patches; else the attention they receive
     ):
         super().__init__(indicator, class_token)
@@ -65,24 +66,26 @@ class Fold(Scored):
         setattr(self, knob, self.checked(value))
 
     def checked(self, value):
-        return Merge.checked(self, value) if self.knob=='r' else checked_rate(value)
+        return checked_r(value) if self.knob=='r' else checked_rate(value)
     def kept(self, n, start):
-        return Merge.kept(self, n, start) if self.knob=='r' else kept_count(n, self.keep_rate)
+        return kept_by_r(n, self.r) if self.knob=='r' else kept_count(n, self.keep_rate)
     def values(self, n):
-        return Merge.values(self, n) if self.knob=='r' else super().values(n)
+        return list(range(n//2, -1, -1)) if self.knob=='r' else super().values(n)
     def settings(self):
-        name = None if self.indicator is None else indicator_name(self.indicator)
+        name = 'size' if self.indicator is None else indicator_name(self.indicator)
         return {**super().settings(), 'indicator': name, 'lam': self.lam}
 
     def forward(self, x, record, heard, mask):
         keys = mean_keys(heard, record.n_prefix)
         if self.indicator is None:
             scores = torch.ones_like(keys[...,0]) if record.size is None else record.size
-            # of equal sizes the first counts a trifle more: the same order on every machine
+            # of equal sizes the first counts a trifle more, so that few are equal
             scores = scores - torch.linspace(0, 1e-4, keys.shape[1], device=keys.device)
         else:
-            scores = self.scores(self.rows(heard, record.n_prefix)).nan_to_num(0.)
-            scores = scores - scores.amin(1, keepdim=True).clamp(max=0)
+            scores = self.scores(self.rows(heard, record.n_prefix))
+            known = scores.isfinite()
+            least = scores.where(known, 0).amin(1, keepdim=True).clamp(max=0)
+            scores = (scores-least).where(known, 0)
         k = self.kept(keys.shape[1], record.n)
         return merging(*fold_tokens(keys, scores, k, self.lam), record.size)
 
@@ -91,7 +94,7 @@ def fold_vit(
     r=None, # tokens each block folds away, half at most; one, or one a block; default 13
     keep_rate=None, # or the share that each stage keeps, in (0, 1]; one, or one a stage
     blocks=None, # that fold; default all for r, the quarter points of the depth for keep_rate
-    indicator=None, # 'mean', 'variance', 'medad' or [B, H, N] -> [B, N]; default by the model
+    indicator=None, # 'mean' (default), ..., 'size' (default without class token) or a callable
     lam:float=.5 # how much its scores count, from 0
 )->nn.Module: # the same model
     "Let a ViT fold tokens, in place; weights and state dict stay as they are"
@@ -106,8 +109,8 @@ def fold_vit(
     if blocks is None and knob=='r': blocks = range(len(vit.blocks))
     blocks = block_ids(model, blocks)
     heads = next((m.num_heads for m in vit.blocks.modules() if hasattr(m, 'num_heads')), 6)
-    if indicator is None and vit.facts.class_token: indicator = 'mean'
-    if indicator is not None: indicator = get_indicator(indicator, heads)
+    if indicator is None: indicator = 'mean' if vit.facts.class_token else 'size'
+    indicator = None if indicator=='size' else get_indicator(indicator, heads)
     values = one_each(value, len(blocks), knob, 'blocks that fold')
-    return insert_reducers(model, {i: Fold(knob, v, indicator, lam, vit.facts.class_token)
-                                   for i,v in zip(blocks, values)})
+    how = dict(indicator=indicator, lam=float(lam), class_token=vit.facts.class_token)
+    return insert_reducers(model, {i: Fold(knob, v, **how) for i,v in zip(blocks, values)})

@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'decay_groups', 'CosineSchedule', 'load_weights', 'Recipe'
            'prune_learner', 'save_vit', 'load_vit']
 
 # %% ../nbs/10_learner.ipynb #6e093fee
-import inspect, json, os, pkgutil, sys, warnings
+import inspect, json, math, os, pkgutil, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,6 +29,7 @@ from timm.optim import param_groups_weight_decay
 from timm.utils.model import unwrap_model
 from torch import nn
 from .augment import EraseCallback, MixCallback
+from .callbacks import checked_number
 from .families import find_vit
 from .methods import find_method, METHODS, method_config, reduce_vit
 from .overlap import OverlapPatchEmbed, overlap_patches
@@ -81,12 +82,19 @@ def _converted(found, model):
         # DeiT III's names
         adapts = 'adapt_layer_scale' in inspect.signature(convert).parameters
         found = convert(found, model, **(dict(adapt_layer_scale=True) if adapts else {}))
-    return {k: v for k,v in found.items() if torch.is_tensor(v)}
+    return found
+
+def _check_finite(tensors, where): # what a training that diverged leaves behind
+    if bad := [k for k,v in tensors.items() if not v.isfinite().all()]:
+        raise ValueError(f"{where} weights that are not finite (in {_some(bad, 3)}), as a "
+                         "training leaves them that has diverged: train again, with a lower "
+                         "learning rate.")
 
 def _some(names, n=6):
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
 def _shapes(tensors):
-    return ', '.join(f'{k} {list(v.shape)}' for k,v in list(tensors.items())[:3])
+    shapes = [f'{k} {list(v.shape)}' for k,v in list(tensors.items())[:3]]
+    return ', '.join(shapes) or 'no tensor'
 
 def load_weights(
     model:nn.Module, # a timm ViT, reduced or not
@@ -94,12 +102,18 @@ def load_weights(
 )->dict: # names of tensors `missing` from the file, `unused` in it, or of another `shape`
     "Load a checkpoint of any classes and image size into a ViT, and say what did not match"
     path = Path(checkpoint).expanduser()
-    own,found = model.state_dict(),_converted(_read_tensors(path), model)
+    own,read = model.state_dict(),_read_tensors(path)
+    read = {k: v for k,v in read.items() if torch.is_tensor(v)}
+    try: found = _converted(read, model)
+    except Exception as e: # other tensors under the names of this family
+        raise ValueError(f"{path} does not fit this model: {type(e).__name__}: {e}. It holds "
+                         f"{_shapes(read)}... Is it the right arch?") from e
     fits = {k: v for k,v in found.items() if k in own and v.shape==own[k].shape}
     if not any(k.startswith(f'{find_vit(model).path}.') for k in fits):
         raise ValueError(f"{path} does not fit this model: no block matches. "
                          f"It holds {_shapes(found)}...; the model has {_shapes(own)}... "
                          "Is it the right arch?")
+    _check_finite(fits, f'{path} holds')
     model.load_state_dict(fits, strict=False)
     report = dict(missing=[k for k in own if k not in found],
                   unused=[k for k in found if k not in own],
@@ -111,6 +125,15 @@ def load_weights(
     return report
 
 # %% ../nbs/10_learner.ipynb #c73ba657
+_SETTINGS = dict( # what is allowed, in words, and as a test
+    epochs=('at least 1 is needed, a whole number', lambda v: v>=1, True),
+    batch_size=('at least 1 is needed, a whole number', lambda v: v>=1, True),
+    lr=('the learning rate is a number from 1e-12, such as 3e-5', lambda v: 1e-12<=v<math.inf),
+    wd=('weight decay is a number from 0', lambda v: 0<=v<math.inf),
+    erase=('the share of images to erase from is a number', lambda v: True), # its callback and
+    ema=('the decay of averaged weights is a number', lambda v: True), # this one's know which
+    clip=('the greatest norm of the gradients is a number from 0, for none', lambda v: v>=0))
+
 @dataclass(frozen=True)
 class Recipe:
     "How a training goes, whatever the model"
@@ -122,6 +145,15 @@ class Recipe:
     erase:float=0. # RandomErasing: share of the training images
     clip:float=None # greatest norm of the gradients
     ema:float=None # decay of averaged weights
+
+    def __post_init__(self):
+        for name,about in _SETTINGS.items():
+            value = getattr(self, name)
+            if value is None: continue
+            # how a frozen record is written to
+            object.__setattr__(self, name, checked_number(name, value, *about))
+        if not isinstance(self.mix, bool):
+            raise ValueError(f"mix={self.mix!r}: True or False.")
 
     def but(self,
         **own # settings of one's own; None changes nothing
@@ -150,7 +182,7 @@ def find_recipe(
     recipe:str # a name in `RECIPES`
 )->Recipe: # the record
     "A recipe by its name"
-    if recipe not in RECIPES:
+    if recipe not in list(RECIPES):
         raise ValueError(f"recipe={recipe!r}: take one of {', '.join(RECIPES)}.")
     return RECIPES[recipe]
 
@@ -193,6 +225,22 @@ def _undone_on_error(model):
                 vars(m)[k] = v
         raise
 
+def _check_settings(kwargs): # numbers that timm does not check
+    for name,value in kwargs.items():
+        if name.endswith('drop_rate') or name=='drop_path_rate':
+            checked_number(name, value, 'a rate from 0 to less than 1, such as 0.1',
+                           lambda v: 0<=v<1)
+
+def _check_plain(settings): # of a method
+    if tensors := [f'{k}={v!r:.80}' for k,v in settings.items() if torch.is_tensor(v)]:
+        raise ValueError(f"{', '.join(tensors)} (Tensor): give plain numbers, as .tolist() "
+                         "makes them.")
+    tau = settings.get('temperature')
+    if tau is not None:
+        checked_number('temperature', tau, "it must be a number above 0 that float32 knows "
+                       "(inf for a plain average), or None for the indicator's default",
+                       lambda v: v>=torch.finfo(torch.float32).tiny)
+
 def _stride(model): # of overlapping patches, None for ordinary ones
     embed = getattr(model, 'patch_embed', None)
     return embed.proj.stride[0] if isinstance(embed, OverlapPatchEmbed) else None
@@ -220,6 +268,8 @@ def thin_vit(
     if made and kwargs:
         raise ValueError(f"{', '.join(kwargs)}: these are for timm.create_model, and the "
                          "model is made already.")
+    _check_settings(kwargs)
+    _check_plain(settings)
     download = pretrained and checkpoint is None
     model = arch if made else _create(arch, n_classes, img_size, download, **kwargs)
     with _undone_on_error(model):
@@ -248,9 +298,22 @@ def _normalise(dls, mean, std):
         if any(isinstance(f, Normalize) for f in fs): return # the user's own
         dl.after_batch = Pipeline(fs+[norm])
 
-def _side(dls): # side of the images, (H, W) if they are no squares
-    h,w = dls.one_batch()[0].shape[-2:]
-    return h if h==w else (h,w)
+# side of the images, (H, W) if they are no squares, and number of classes
+def _look(dls, any_target=False):
+    x,y = dls.one_batch()[:2]
+    if x.ndim!=4:
+        raise ValueError(f"The data has inputs of the shape {list(x.shape)}: images "
+                         "[B, 3, H, W] are needed.")
+    if not any_target and (not torch.is_tensor(y) or y.ndim!=1 or y.is_floating_point()):
+        about = (f'of the shape {list(y.shape)} and type {y.dtype}' if torch.is_tensor(y)
+                 else f'that are a {type(y).__name__}')
+        raise ValueError(f"The data has targets {about}, and the cross-entropy "
+                         "wants one class index an image, [B]: make the data with classes "
+                         "(folder_dls, or a CategoryBlock), or pass the loss_func for them.")
+    if get_c(dls)<2:
+        raise ValueError(f"The data has {get_c(dls)} classes: at least 2 are needed.")
+    h,w = x.shape[-2:]
+    return h if h==w else (h,w), get_c(dls)
 
 def _statistics(model): # mean and standard deviation that images are normalised with
     cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -281,11 +344,14 @@ def chosen_method(
     method=None, # a name in `METHODS` instead
     compile=False # whether the model is to be compiled for its training
 ): # what to call `reduce_vit` with
-    "What an indicator and a method ask for together: one of them; variance if there is none"
-    if None not in (indicator, method) and indicator!=method:
+    "What an indicator and a method ask for: one of them; variance if there is none"
+    both = None not in (indicator, method) and indicator!=method
+    if both and 'indicator' not in find_method(method).settings: # which fold's row has
         raise ValueError(f"indicator={indicator!r}, method={method!r}: each says how the "
                          "model is made cheaper. Give one of them.")
     chosen = next((m for m in (method, indicator) if m is not None), 'variance')
+    if not isinstance(compile, (bool, str)):
+        raise ValueError(f"compile={compile!r}: True, False, or the name of a backend.")
     if compile and not (found := find_method(chosen)).compiles:
         raise ValueError(f"compile: the number of tokens that {found.title} keeps changes "
                          "with every batch in training, and each new number would be compiled "
@@ -301,8 +367,9 @@ def prune_learner(
     blocks=None, # indexes of the blocks that prune; default the quarter points of the depth
     fuse=None, # pruned tokens into one: True (eq. 8, default), 'raw' (EViT's weights), False
     temperature:float=None, # tau of eq. 8; default the indicator's own
-    method=None, # or 'evit', 'tome', 'fold', 'dynamicvit', 'random', 'none', without indicator
+    method=None, # instead (only fold takes an indicator beside): 'evit', 'tome', 'fold', ...
     r=None, # ToMe, fold: tokens that go in each block, one number or one a block; default 13
+    lam:float=None, # fold: how much its indicator's scores count; default 0.5
     teacher:nn.Module=None, # the unpruned, trained ViT to learn from, besides the labels
     stride:int=None, # from patch to patch, in pixels; less than the patch size: they overlap
     pretrained:bool=True, # weights from timm's hub, unless there is a checkpoint
@@ -323,20 +390,21 @@ def prune_learner(
     **kwargs # for `timm.create_model`, such as drop_path_rate=0.1
 )->Learner: # `.recipe` says how its model was made, `.settings` how it is trained
     "A fastai `Learner` with a cheaper ViT, AdamW that decays matrices only, and a cosine rate"
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f"dls={dls!r:.80}: it must be DataLoaders of images and classes, such "
+                        "as folder_dls('photos') makes them.")
     how = find_recipe(recipe).but(lr=lr, wd=wd, mix=mix, erase=erase, clip=clip, ema=ema)
     amp = _amp(amp, dls.device)
+    asked = None if method in (None, indicator) else indicator # by the method
     method = chosen_method(indicator, method, compile)
-    size,n_classes = _side(dls),get_c(dls)
-    if n_classes<2:
-        raise ValueError(f"The data has {n_classes} classes: at least 2 are needed.")
-
+    size,n_classes = _look(dls, loss_func is not None)
     if teacher is not None: check_teacher(teacher, n_classes, size)
     of_method = pkgutil.resolve_name(find_method(method).training)(teacher)
     own = [CosineSchedule(), *of_method, *how.callbacks()]
     if amp: own.append(MixedPrecision('bf16' if amp=='bfloat16' else 'fp16'))
 
     settings = dict(keep_rate=keep_rate, r=r, blocks=blocks, fuse=fuse,
-                    temperature=temperature)
+                    temperature=temperature, lam=lam, indicator=asked)
     model = thin_vit(arch, method, settings, n_classes, size, stride, pretrained, checkpoint,
                      **kwargs)
     stats = _statistics(model)
@@ -378,6 +446,7 @@ def save_vit(
     folder.mkdir(parents=True, exist_ok=True)
     model = unwrap_model(learn.model)
     versions = dict(torch=torch.__version__, timm=timm.__version__)
+    _check_finite(model.state_dict(), 'The model has')
     made = dict(learn.recipe, pruning=method_config(model), info=info, versions=versions)
     text = json.dumps(made, indent=2)+'\n' # fails, if it must, before anything is written
     tensors = {k: v.contiguous() for k,v in model.state_dict().items()}
@@ -385,24 +454,38 @@ def save_vit(
     _write_aside(folder/'model.json', lambda f: f.write_text(text))
     return folder
 
+_MADE = dict(arch=(str,type(None)), arch_args=dict, img_size=(int,list), classes=list,
+             mean=list, std=list, pruning=dict)
+
 def _read_made(folder): # what model.json says
     if not (folder/'model.json').is_file():
         raise FileNotFoundError(f"{folder} has no model.json: give a folder that save_vit or "
                                 "attn_diversity_train has written.")
     try:
         made = json.loads((folder/'model.json').read_text())
-        dict(made['pruning'])
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{folder/'model.json'} is damaged ({e}).") from e
+        wrong = [k for k,kind in _MADE.items() if not isinstance(made.get(k, ...), kind)]
+        if wrong: raise ValueError(f"missing, or not what it should be: {', '.join(wrong)}")
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{folder/'model.json'} is damaged ({e}): save the model again, or "
+                         "take another folder.") from e
     return made
+
+@contextmanager
+def _naming(path): # errors by what stands in a file
+    try: yield
+    except (TypeError, ValueError) as e: raise ValueError(f'{path}: {e}') from e
 
 def _saved_method(pruning, indicator): # (method, settings)
     settings = dict(pruning)
-    named = settings.pop('indicator', None) # files of the first version
-    named = settings.pop('method', named)
-    if indicator is None and named not in METHODS:
-        raise ValueError(f"This model was pruned by an indicator of your own, {named}: "
-                         "pass it as indicator=.")
+    beside = 'indicator' in getattr(METHODS.get(settings.get('method')), 'settings', ())
+    asked = settings.pop('indicator', None) # of the method; or all that the first version said
+    named = settings.pop('method', asked)
+    if not isinstance(named, str): raise ValueError("the method's name is missing.")
+    own = str(asked).endswith(' (own)') if beside else named not in METHODS
+    if indicator is None and own:
+        raise ValueError("This model was made with an indicator of your own, "
+                         f"{asked if beside else named}: pass it as indicator=.")
+    if beside: return named, dict(settings, indicator=indicator or asked)
     return named if indicator is None else indicator, settings
 
 def load_vit(
@@ -413,24 +496,31 @@ def load_vit(
     "The model that `save_vit` saved"
     folder = Path(folder).expanduser()
     made = _read_made(folder)
-    method,settings = _saved_method(made['pruning'], indicator)
+    with _naming(folder/'model.json'):
+        method,settings = _saved_method(made['pruning'], indicator)
     if model is None and made['arch'] is None:
         raise ValueError("This model was made outside of prune_learner, which cannot make it "
                          "again: pass one like it as model=.")
     size = tuple(made['img_size']) if isinstance(made['img_size'], list) else made['img_size']
     if model is None:
-        model = _create(made['arch'], len(made['classes']), size, False, **made['arch_args'])
+        with _naming(folder/'model.json'):
+            model = _create(made['arch'], len(made['classes']), size, False,
+                            **made['arch_args'])
     stride,now = made.get('stride'),_stride(model) # old files know none
     if stride is None and now is not None:
         raise ValueError("The patches of the saved model do not overlap, those of the given "
                          f"one do, at a stride of {now}: pass one that was not through "
                          "overlap_patches.")
     with _undone_on_error(model):
-        if stride is not None: overlap_patches(model, stride)
-        reduce_vit(model, method, **settings)
-        try: model.load_state_dict(safetensors.torch.load_file(folder/'model.safetensors'))
+        with _naming(folder/'model.json'):
+            if stride is not None: overlap_patches(model, stride)
+            reduce_vit(model, method, **settings)
+        try:
+            tensors = safetensors.torch.load_file(folder/'model.safetensors')
+            model.load_state_dict(tensors)
         except (SafetensorError, OSError, RuntimeError) as e:
             raise ValueError(f"{folder/'model.safetensors'} is missing, damaged, or of "
                              f"another model: {e}") from e
+        _check_finite(tensors, f"{folder/'model.safetensors'} holds")
     model.recipe = made
     return model.eval()

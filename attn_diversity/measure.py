@@ -10,7 +10,7 @@ __all__ = ['fused_attention', 'flop_count', 'Measured', 'example_images', 'count
 import copy, math, os, re, time
 from collections import Counter
 from contextlib import contextmanager, ExitStack
-from numbers import Integral
+from numbers import Integral, Real
 import numpy as np, pandas as pd, timm, torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
@@ -92,7 +92,10 @@ def example_images(
     img_size=None # side of the images in pixels, or (height, width); default the model's own
 )->torch.Tensor: # noise, on the model's device and in its precision [n, 3, H, W]
     "Images as a model takes them, to measure with"
-    if not isinstance(n, Integral) or n<1: raise ValueError(f"batch_size={n!r}: it must be a whole number from 1.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: give a model, such as timm.create_model(...) makes.")
+    if isinstance(n, bool) or not isinstance(n, Integral) or n<1:
+        raise ValueError(f"batch_size={n!r}: it must be a whole number from 1.")
     channels,*own = _image_shape(model)
     size = own if img_size is None else tuple(img_size) if isinstance(img_size, (tuple,list)) else (img_size,img_size)
     if len(size)!=2 or not all(isinstance(s, Integral) and s>0 for s in size):
@@ -159,6 +162,10 @@ def time_in_turn(
     device='cpu' # a torch device or its name, whose clock is used
 )->dict: # name: seconds a call, one for each round
     "Time functions round after round, after a warm-up"
+    if not runs: raise ValueError("runs is empty: give at least one function.")
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0<=seconds<math.inf:
+        raise ValueError(f"seconds={seconds!r}: how long to repeat is a finite number from 0 "
+                         "(three times at least).")
     device = torch.device(device)
     for f in runs.values():
         for _ in range(2): f() # warm-up; torch.compile compiles here

@@ -97,7 +97,7 @@ def find_method(
 def reduce_vit(
     model:nn.Module, # a ViT of timm, transformers or open_clip, as its maker made it
     method='variance', # a name in `METHODS`, or a callable [B, H, N] -> [B, N] as indicator
-    **settings # its own: keep_rate or r, and blocks, fuse, temperature where it has them
+    **settings # its own: keep_rate or r, and others that its row names, such as blocks
 )->nn.Module: # the same model
     "Make a ViT cheaper by any of the methods, in place"
     return find_method(method)(model, **settings)
@@ -128,6 +128,9 @@ def method_config(
         name = name if name.endswith(' (own)') else f'{name} (own)'
     settings = METHODS[name].settings if name in METHODS else ('blocks','fuse','temperature')
     config = {k: said[0][k] for k in settings if k in said[0] and k!=knob}
+    asked = config.get('indicator', 'size')
+    if asked!='size' and asked not in INDICATORS and not asked.endswith(' (own)'):
+        config['indicator'] = f'{asked} (own)'
     config = {knob: [s[knob] for s in said], **config}
     if 'blocks' in settings: config['blocks'] = list(reducers)
     return dict(method=name, **config)
@@ -146,7 +149,7 @@ def match_flops(
     img_size=None, # side of the images in pixels, or (height, width); default the model's own
     **kwargs # other settings of the method
 )->dict: # the setting for `reduce_vit`: {'keep_rate': ...} or {'r': ...}
-    "The keep rate, or ToMe's r, whose GFLOPs come closest"
+    "The keep rate, or r, whose GFLOPs come closest"
     row = find_method(method)
     if row.knob is None: return {}
     twin = row(twin_of(model), **kwargs).eval()
@@ -195,6 +198,10 @@ def image_quality(
     batches # of images [B, 3, H, W] as the models take them, or of (images, labels [B])
 )->pd.DataFrame: # a row a model and image: model, image, similarity; with labels right
     "How near each image's features are to the unpruned model's, and if its label is found"
+    if not isinstance(models, dict) or not models:
+        raise ValueError("models: give a dict {name: model}, the unpruned model first.")
+    if batches is None or torch.is_tensor(batches):
+        raise ValueError("batches: give several, of images or of (images, labels), such as [x].")
     base = next(iter(models))
     device = next(models[base].parameters()).device
     cos,right = {n: [] for n in models},{n: [] for n in models}
@@ -233,10 +240,11 @@ def paired_difference(
     b # of another, in the same order [n]
 )->tuple: # (mean of a-b, half the width of its 95% interval)
     "By how much two models differ on the same images"
-    d = np.asarray(a, float) - np.asarray(b, float)
-    if d.ndim!=1 or len(d)<2:
-        raise ValueError("Two or more pairs of numbers are needed, "
-                         f"not shape {list(d.shape)}.")
+    a,b = np.asarray(a, float),np.asarray(b, float)
+    if a.ndim!=1 or a.shape!=b.shape or len(a)<2:
+        raise ValueError("Two or more pairs of numbers are needed, not shapes "
+                         f"{list(a.shape)} and {list(b.shape)}.")
+    d = a-b
     return d.mean(), stats.t.ppf(.975, len(d)-1)*d.std(ddof=1)/len(d)**.5
 
 # %% ../nbs/07c_methods.ipynb #80e9f343
@@ -258,6 +266,8 @@ def compare(
     **kwargs # for `throughput`: seconds, amp, channels_last, compile
 )->pd.DataFrame: # a row a method: setting, GFLOPs, speed, and similarity or accuracy
     "Methods at equal cost on one model, against the model itself"
+    if not methods:
+        raise ValueError("methods is empty: name at least one, such as ['variance','tome'].")
     models,settings = {'unpruned': model},{}
     if isinstance(methods, dict): models.update(methods)
     else:

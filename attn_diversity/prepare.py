@@ -6,17 +6,19 @@
 __all__ = ['JPEG', 'prepare', 'loader_speed', 'suggest_workers']
 
 # %% ../nbs/08b_prepare.ipynb #2c48a24b
-import json, os, time, warnings
+import json, math, os, time, warnings
 from functools import partial
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
+from uuid import uuid4
 import numpy as np, pandas as pd, torch
 from fastai.vision.all import image_extensions
 from fastcore.all import ProcessPoolExecutor, defaults
 from fastprogress import progress_bar
 from PIL import Image, ImageOps
 from torch.utils.data import Subset
-from .data import folder_dls, name_some
+from .data import check_whole, folder_dls, name_some, open_picture, walk_tree
 
 # %% ../nbs/08b_prepare.ipynb #ca7ee6e1
 def _rgb(im): # an image of any mode as 8-bit RGB
@@ -39,10 +41,17 @@ JPEG = ('.jpg','.jpeg','.jpe','.jfif')
 def _copy_of(f): # the copy's name: the original's own, but for formats other than JPEG and PNG
     return f if f.suffix.lower() in (*JPEG,'.png') else f.with_name(f.name+'.png')
 
+def _write(dst, data): # all of it or nothing
+    part = dst.with_name(f'.{uuid4().hex}.part')
+    try:
+        part.write_bytes(data)
+        part.replace(dst)
+    finally: part.unlink(missing_ok=True)
+
 def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized' or 'left out'
     src,dst = job
     try:
-        with warnings.catch_warnings(), Image.open(src) as im:
+        with warnings.catch_warnings(), open_picture(src) as im:
             warnings.simplefilter('ignore') # of Pillow's, about oddities in EXIF
             # Pillow opens a 16-bit colour PNG as 8 bits; only its tile tells
             deep = im.format=='PNG' and ';16' in str(im.tile)
@@ -68,30 +77,22 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
                 data = buffer.getvalue()
     except Exception as e: # whatever a damaged file can make a decoder raise
         return 'left out', f'{type(e).__name__}: {e}'.replace(str(src), src.name)
-    part = dst.with_name(f'.{dst.name}.{os.getpid()}.part')
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        part.replace(dst)
+        _write(dst, data)
     except OSError as e:
-        part.unlink(missing_ok=True)
         raise OSError(e.errno, e.strerror, str(dst)) from e
     return 'copied' if copy else 'resized', remark
 
 # %% ../nbs/08b_prepare.ipynb #c120c0f8
-def _leads_up(d): # a link to a folder that it lies in would have no end
-    return d.parent.resolve().is_relative_to(d.resolve())
-
 # (images, loose ones beside the classes, other files, classes found); hidden ones left out
 def _images(path, classes):
     found,loose,others,there = [],[],[],set()
-    for here,dirs,files in os.walk(path, followlinks=True):
-        here = Path(here)
-        dirs[:] = sorted(d for d in dirs if not d.startswith('.') and not _leads_up(here/d))
+    for here,dirs,files in walk_tree(path):
         if classes and classes & set(dirs): dirs[:] = [d for d in dirs if d in classes]
         own = set(here.relative_to(path).parts) & classes if classes else set()
         there |= own
-        for f in (here/f for f in sorted(files) if not f.startswith('.')):
+        for f in (here/f for f in files):
             if f.suffix.lower() not in image_extensions: others.append(f)
             elif own or not classes: found.append(f)
             else: loose.append(f)
@@ -101,20 +102,20 @@ def _check_folders(path, out, made): # what is there must be ours, and of this k
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is {'not a folder' if path.exists() else 'not there'}. "
                                 "Give the folder that holds the images, at any depth.")
-    short_side,quality = made['short_side'],made['quality']
     if out.is_relative_to(path) or path.is_relative_to(out):
-        beside = path.with_name(f'{path.name}_{short_side}')
+        beside = path.with_name(f"{path.name}_{made['short_side']}")
         raise ValueError(f"The copy {out} and the original {path} lie in one another: "
                          f"choose a folder beside it, such as {beside}.")
-    if short_side<1 or not 1<=quality<=95:
-        raise ValueError(f"short_side={short_side}, quality={quality}: at least 1 pixel, "
-                         "and a quality from 1 to 95.")
     note = out/'prepare.json'
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return
     if not note.is_file():
         raise FileExistsError(f"{out} is there, and was not made by prepare (it has no prepare.json): "
                               "choose a new folder.")
-    if (was := json.loads(note.read_text()))!=made:
+    try: was = json.loads(note.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{note} is damaged, so nobody knows how this copy was made ({e}). Choose a new folder, "
+                         f"or, if you know that it was with {made}, write {json.dumps(made)} into the file.") from e
+    if was!=made:
         raise ValueError(f"{out} was made with {was}, and now it is {made}: "
                          "choose another folder, or remove it.")
 
@@ -135,13 +136,20 @@ def _jobs(files, path, out): # ({copy: image}, {image left out: why})
     jobs,left_out = {},{}
     for f in files:
         dst = out/_copy_of(f.relative_to(path))
-        if dst in jobs: left_out[f] = f'its copy would have the name of that of {jobs[dst].name}'
+        if len(os.fsencode(dst.name))>255: left_out[f] = 'the name of its copy would be too long'
+        elif dst in jobs: left_out[f] = f'its copy would have the name of that of {jobs[dst].name}'
         else: jobs[dst] = f
     return jobs,left_out
 
+def _line(f, remark): return f'{name_some([f])}\t{name_some([remark])}\n' # of a note; newlines and tabs as \n and \t
+
+def _noted(note): # {file: remark}; a line that a kill cut short is passed over
+    lines = note.read_text(encoding='utf-8', errors='replace').split('\n')
+    return dict(line.split('\t') for line in lines if line.count('\t')==1)
+
 def _copy(todo, jobs, path, out, n_workers, made): # (counts, {image left out: why})
     count,left_out = dict(resized=0, copied=0),{}
-    with ProcessPoolExecutor(n_workers) as pool, (out/'converted.txt').open('a') as log:
+    with ProcessPoolExecutor(n_workers) as pool, (out/'converted.txt').open('a', encoding='utf-8') as log:
         try:
             work = pool.map(partial(_prepare_one, **made), todo, chunksize=8)
             work = progress_bar(work, total=len(todo), leave=False)
@@ -151,15 +159,16 @@ def _copy(todo, jobs, path, out, n_workers, made): # (counts, {image left out: w
                     continue
                 count[done] += 1
                 if remark:
-                    log.write(f'{src.relative_to(path)}\t{remark}\n')
+                    log.write(_line(src.relative_to(path), remark))
                     log.flush()
         except OSError as e:
             pool.shutdown(cancel_futures=True)
             ready = sum(dst.exists() for dst in jobs)
-            raise OSError(e.errno, f"{e.strerror}, writing {e.filename}. {ready} of {len(jobs)} copies are "
+            raise OSError(e.errno, f"{e.strerror}, writing {e.filename or out}. {ready} of {len(jobs)} copies are "
                           "there, and each of them is whole; the originals are untouched. Make room, and the "
                           "same call goes on from here") from e
     return count,left_out
+
 def prepare(
     path, # a tree of images; it is only read
     out, # folder for the copy; new, empty, or one that `prepare` began
@@ -171,21 +180,24 @@ def prepare(
     "Copy a tree of images, resized, in parallel; the same call goes on after an interruption"
     path,out = (Path(p).expanduser().resolve() for p in (path, out))
     made = dict(short_side=short_side, quality=quality)
+    check_whole(1, short_side=short_side)
+    check_whole(1, 95, quality=quality)
+    check_whole(0, 1024, n_workers=0 if n_workers is None else n_workers)
     _check_folders(path, out, made)
     classes = {classes} if isinstance(classes, str) else set(() if classes is None else classes)
     files,others = _find(path, classes)
     jobs,left_out = _jobs(files, path, out)
     out.mkdir(parents=True, exist_ok=True)
-    (out/'prepare.json').write_text(json.dumps(made)+'\n')
+    _write(out/'prepare.json', (json.dumps(made)+'\n').encode())
     for f in out.rglob('.*.part'): f.unlink() # what a killed run was writing
-    there = lambda src, dst: dst.exists() and dst.stat().st_mtime>=src.stat().st_mtime
+    there = lambda src, dst: dst.exists() and (not src.exists() or dst.stat().st_mtime>=src.stat().st_mtime)
     todo = [(src,dst) for dst,src in jobs.items() if not there(src, dst)]
     start = time.perf_counter()
     count,damaged = _copy(todo, jobs, path, out, defaults.cpus if n_workers is None else n_workers, made)
     seconds = time.perf_counter()-start
     left_out = {str(f.relative_to(path)): why for f,why in {**left_out, **damaged}.items()}
-    (out/'left_out.txt').write_text(''.join(f'{f}\t{why}\n' for f,why in left_out.items()))
-    converted = dict(line.split('\t') for line in (out/'converted.txt').read_text().splitlines())
+    (out/'left_out.txt').write_text(''.join(_line(f, why) for f,why in left_out.items()), encoding='utf-8')
+    converted = _noted(out/'converted.txt')
     mb = [sum(f.stat().st_size for f in fs if f.exists())/1e6 for fs in (jobs.values(), jobs)]
     print(f"{len(files)} images: {count['resized']} resized, {count['copied']} copied as they are, "
           f"{len(jobs)-len(todo)} were there, {len(left_out)} left out. "
@@ -203,6 +215,10 @@ def prepare(
                 images_s=len(todo)/seconds, mb=mb)
 
 # %% ../nbs/08b_prepare.ipynb #35f3bd4d
+def _check_above(**given): # a number that must be above 0, and end
+    for name,v in given.items():
+        if not isinstance(v, Real) or not 0<v<math.inf: raise ValueError(f"{name}={v!r:.80}: give a number above 0.")
+
 def loader_speed(
     dls, # `DataLoaders`
     n_workers:int=None, # processes; default as `dls` has it
@@ -211,6 +227,8 @@ def loader_speed(
     "How many images a second the training loader delivers, to the device and augmented"
     dl = dls.train
     n_workers = dl.fake_l.num_workers if n_workers is None else n_workers
+    check_whole(0, 1024, n_workers=n_workers)
+    _check_above(seconds=seconds)
     n,each = len(dl.dataset),max(1, n_workers)
     many = Subset(dl.dataset, np.random.default_rng(0).integers(0, n, dl.bs*each*500).tolist())
     many.split_idx = 0
@@ -230,6 +248,7 @@ def suggest_workers(
     within:float=0.05 # how much less than the best is as good
 )->tuple: # (table of images/s by number of workers, the smallest number that is enough)
     "Measure the training loader with 0, 1, 2, 4, ... workers up to one a core, and suggest a number"
+    if target is not None: _check_above(target=target)
     dls = dls if hasattr(dls, 'train') else folder_dls(dls, verify=False, n_workers=0)
     cores = defaults.cpus
     counts = sorted({0, cores, *(2**i for i in range(cores.bit_length()))})

@@ -269,7 +269,8 @@ def block_ids(
     depth = len(find_vit(model).blocks)
     if blocks is None: return sorted({depth*i//4 for i in (1,2,3)})
     blocks = list(blocks) if isinstance(blocks, Iterable) else [blocks]
-    bad = [b for b in blocks if not isinstance(b, Integral) or not 0<=b<depth]
+    bad = [b for b in blocks
+           if not isinstance(b, Integral) or isinstance(b, bool) or not 0<=b<depth]
     if bad or not blocks:
         there = f"; there is no block {bad[0]!r}." if bad else "."
         raise ValueError(f"blocks={blocks}: name at least one, by index from 0 to "
@@ -319,6 +320,7 @@ def one_each(
     of:str='blocks that reduce' # what each is for
 )->list: # of n
     "One number for all, or one each, as a list"
+    if hasattr(value, 'tolist'): value = value.tolist() # of numpy or torch
     many = isinstance(value, Iterable) and not isinstance(value, str)
     values = list(value) if many else [value]*n
     if len(values)!=n:

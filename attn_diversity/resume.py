@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_state', 'set_training_state', 'saved_checkpoints', 'write_checkpoint', 'read_checkpoint', 'Checkpoints',
-           'history', 'fit_saved', 'plot_schedules']
+           'history', 'claimed', 'fit_saved', 'plot_schedules']
 
 # %% ../nbs/10c_resume.ipynb #39e9679e
 import io, math, os, random, re, signal, threading, time, warnings, zlib
@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
+from filelock import FileLock, Timeout
 from timm.utils.model import unwrap_model
+from .callbacks import checked_number
 from .distributed import ShardDL, many_processes
 from .learner import save_vit
 from .methods import method_config
@@ -160,7 +162,7 @@ class Checkpoints(Callback):
         keep:int=2 # checkpoints to keep
     ):
         self.folder,self.settings,self.state,self.keep = Path(folder),settings,state,keep
-        self.asked,self.seconds,self.best = None,[],None
+        self.asked,self.seconds,self.best,self.began,self.diverged = None,[],None,None,None
 
     def before_fit(self):
         if self.state is None: return
@@ -208,8 +210,14 @@ class Checkpoints(Callback):
     def after_train(self):
         self.whole_again()
         self.trained = _random_states() # a stop in the validation goes back to its beginning
+    def _check(self, **losses): # one that is no number ends the training, before it is saved as a success
+        for name,value in losses.items():
+            if value is None or math.isfinite(value): continue
+            self.diverged = f"Training diverged in epoch {self.learn.epoch}: its {name} loss is {value:g}."
+            raise CancelFitException
     def after_batch(self):
         if self.training:
+            self._check(training=float(self.recorder.smooth_loss.val))
             self.done += 1
             self._other_random()
         if self.asked is None or rank_distrib(): return
@@ -221,8 +229,10 @@ class Checkpoints(Callback):
         _leave(self.asked)
 
     def after_epoch(self):
+        values = self.recorder.values[-1]
+        self._check(**dict(zip(('training','validation'), values)))
         self.seconds.append(time.perf_counter()-self.began)
-        values,score = self.recorder.values[-1],_score(self.recorder)
+        score = _score(self.recorder)
         # the first of equals; not a number beats nothing
         best = self.best and self.best['score']
         better = best is None or score>best or (math.isnan(best) and not math.isnan(score))
@@ -246,7 +256,8 @@ def _score(recorder, i=-1):
     names,v = list(recorder.metric_names)[1:],recorder.values[i]
     at = names.index('valid_loss')
     if not len(recorder.learn.metrics): return -float(v[at])
-    return float(v[at+1])*(-1 if any(w in names[at+1] for w in ('error','loss')) else 1)
+    worth = float(v[at+1])*(-1 if any(w in names[at+1] for w in ('error','loss')) else 1)
+    return worth if math.isfinite(worth) else math.nan
 
 def history(
     checkpoints:Checkpoints # of a Learner that was trained
@@ -291,14 +302,69 @@ def _check_settings(then, now, folder):
         raise ValueError(f"The run in {folder} was started with other settings ({'; '.join(other)}). "
                          "Resume it with the same, or choose another folder.")
 
-def _stopped(learn, folder, e): # what to do after the error e
+def _diverged(saver, folder, lr): # what to do then
+    best = saver.best and f" The best epoch before, {saver.best['epoch']}, is kept in {folder/'best'}."
+    return RuntimeError(f"{saver.diverged} Begin anew with a lower lr (it was {lr:g}), in another folder or with "
+                        f"--overwrite.{best or ' No epoch was good, and none is saved.'}")
+
+def _stopped(saver, learn, folder, e, start): # what to do after the error e
     safe = [f"batch {b} of epoch {n}" if b else f"the end of epoch {n-1}"
             for n,b,*_ in saved_checkpoints(folder/'checkpoints')]
     if safe: left = (f"Safe in {folder/'checkpoints'}: {' and '.join(safe)}. When the cause is mended, "
                      "resume=True (--resume) goes on from there.")
     else: left = f"No epoch was finished, so nothing is saved yet in {folder}."
-    return RuntimeError(f"Training stopped in epoch {learn.epoch}: {type(e).__name__}: "
+    where = f"before epoch {start}" if saver.began is None else f"in epoch {learn.epoch}"
+    return RuntimeError(f"Training stopped {where}: {type(e).__name__}: "
                         f"{' '.join(str(e).split())}. {left}")
+
+@contextmanager
+def claimed(
+    folder # for results; made if needed
+):
+    "Nobody else trains into the folder meanwhile; the system lets go of it when the process ends, however it ends"
+    folder = Path(folder).expanduser().resolve()
+    if rank_distrib(): # the first process holds it for all
+        yield
+        return
+    if folder.is_file(): raise NotADirectoryError(f"{folder} is a file: give a folder for the results.")
+    folder.mkdir(parents=True, exist_ok=True)
+    # a process can take it twice: a command for all that it does, and `fit_saved` within
+    lock = FileLock(folder/'.training.lock', timeout=0, is_singleton=True)
+    outer = not lock.is_locked
+    try: lock.acquire()
+    except Timeout:
+        raise RuntimeError(f"Another training is writing to {folder}: wait for its end, or choose another folder "
+                           "(--out).") from None
+    try: yield
+    finally:
+        if outer and os.name!='nt': Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+_PLACE = ('epoch','batch','settings','seconds','best','elapsed','loader','model','opt','random','history','callbacks')
+
+def _former(folder, settings): # state of the run in the folder, to go on with; None where there is none
+    state = read_checkpoint(folder/'checkpoints')
+    if state is None: return None
+    missing = [k for k in _PLACE if k not in state] if isinstance(state, dict) else _PLACE
+    if missing or not isinstance(state['settings'], dict):
+        raise ValueError(f"The checkpoint {saved_checkpoints(folder/'checkpoints')[0][-1]} is no training's that "
+                         f"fit_saved could go on with: it lacks {', '.join(missing or ['settings'])}. Start again in "
+                         "another folder.")
+    _check_settings(state['settings'], settings, folder)
+    return state
+
+def _check_fit(learn, epochs, keep, settings):
+    for name,value in (('epochs',epochs), ('keep',keep)):
+        checked_number(name, value, 'at least 1 is needed, a whole number', lambda v: v>=1, whole=True)
+    if 'seed' in settings:
+        checked_number('seed', settings['seed'], 'a whole number from 0 to 2**32-1', lambda v: 0<=v<2**32, whole=True)
+    dls = learn.dls
+    if not len(dls.train):
+        raise ValueError(f"The {dls.train.n} training images do not fill a batch of {dls.train.bs}: "
+                         "make the data with a smaller batch_size.")
+    if len(dls.loaders)<2 or not len(dls.valid):
+        raise ValueError("The data has no images to validate with, so no epoch could be the best: "
+                         "hold some of each class out.")
 
 def fit_saved(
     learn:Learner, # from `prune_learner`
@@ -311,32 +377,37 @@ def fit_saved(
     **settings # what else must be the same when it is resumed, such as the seed; recorded, not set
 )->dict: # best_accuracy (or what the first metric is), best_epoch and the last epoch's values
     "Fit with a checkpoint every epoch; after Ctrl-C, SIGTERM, an error or a crash it goes on where it was"
-    if epochs<1: raise ValueError(f"epochs={epochs}: at least 1 is needed.")
+    _check_fit(learn, epochs, keep, settings)
+    lr = learn.lr if lr is None else lr
+    lr = checked_number('lr', lr, 'the learning rate is a number from 0', lambda v: 0<=v<math.inf)
     folder = Path(folder).expanduser()
     own = {**getattr(learn, 'recipe', {}), **getattr(learn, 'settings', {})}
     model = {f'model {k}': v for k,v in method_config(unwrap_model(learn.model)).items()}
-    settings = dict(own, epochs=epochs, lr=float(learn.lr if lr is None else lr),
+    settings = dict(own, epochs=epochs, lr=lr,
                     batch_size=learn.dls.train.bs, train_images=learn.dls.train.n, **settings, **model)
     settings = {k: _plainly(v) for k,v in settings.items()}
-    state = read_checkpoint(folder/'checkpoints') if resume else None
+    with claimed(folder): return _fit_claimed(learn, epochs, folder, resume, keep, cbs, settings)
+
+def _fit_claimed(learn, epochs, folder, resume, keep, cbs, settings):
+    state = _former(folder, settings) if resume else None
     if not resume and saved_checkpoints(folder/'checkpoints'):
         raise FileExistsError(f"{folder} holds a run already: go on with it by resume=True (--resume), "
                               "or choose another folder.")
     said = '' # of a run to go on with
     if state is not None:
-        _check_settings(state['settings'], settings, folder)
         begun = f", and {state['batch']} batches of the next." if state['batch'] else '.'
         said = f"Going on in {folder}: {state['epoch']} of {epochs} epochs done{begun}"
     elif resume: said = f"There is nothing to resume in {folder}: from the start."
     if said and not rank_distrib(): print(said)
-    saver = Checkpoints(folder, settings, state, keep)
-    learn._do_fit = partial(_fit_from, learn, state['epoch'] if state else 0)
+    saver,start,lr = Checkpoints(folder, settings, state, keep),state['epoch'] if state else 0,settings['lr']
+    learn._do_fit = partial(_fit_from, learn, start)
     try:
         with many_processes(learn), _noting(saver): learn.fit(epochs, lr, cbs=[*cbs, saver])
-    except Exception as e: raise _stopped(learn, folder, e) from e
+    except Exception as e: raise _stopped(saver, learn, folder, e, start) from e
     finally:
         del learn._do_fit
         saver.whole_again()
+    if saver.diverged: raise _diverged(saver, folder, lr)
     saver.learn = learn
     table = history(saver)
     if not rank_distrib(): table.to_csv(folder/'history.csv', index=False)

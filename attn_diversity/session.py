@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageOps
 from sklearn.datasets import load_sample_image
 from torch import nn
 from .attention import hear
+from .data import open_picture
 from .families import find_vit
 from .fusion import get_temperature
 from .indicators import attention_medad, attention_variance, INDICATORS, median
@@ -36,7 +37,7 @@ if find_spec('skimage'): EXAMPLES = dict(cat=lambda: import_module('skimage.data
 def _opened(source): # a PIL image
     if isinstance(source, Image.Image): return source
     data = isinstance(source, (bytes, memoryview))
-    return Image.open(io.BytesIO(source) if data else Path(source).expanduser())
+    return open_picture(source if data else Path(source).expanduser())
 
 def open_photo(
     source # a name in `EXAMPLES`, a path, the bytes of an image file, or a PIL image

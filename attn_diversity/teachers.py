@@ -6,7 +6,7 @@
 __all__ = ['EmaCallback', 'misfit', 'check_teacher', 'Distill', 'DynamicLoss', 'distil', 'falling_rate', 'dynamic_losses']
 
 # %% ../nbs/09c_teachers.ipynb #86c4ead5
-import weakref
+import math, weakref
 import torch
 import torch.nn.functional as F
 from contextlib import contextmanager, ExitStack
@@ -16,7 +16,7 @@ from timm.layers import PatchEmbed, to_2tuple
 from timm.utils import ModelEmaV3
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
-from .callbacks import KeepRateSchedule
+from .callbacks import checked_number, KeepRateSchedule
 from .dynamicvit import decisions, Predict, ratio_loss, token_loss
 from .families import find_vit
 from .overlap import OverlapPatchEmbed
@@ -30,10 +30,10 @@ class EmaCallback(Callback):
         decay:float=.9998, # greatest decay, in (0, 1): it remembers about 1/(1-decay) steps
         warmup:bool=True # let the decay grow, 1 - t^(-2/3) after step t, up to `decay`
     ):
-        if not 0<decay<1:
-            raise ValueError(f"decay={decay!r}: it lies between 0 and 1, such as 0.9998.")
+        self.decay = checked_number('decay', decay, 'it lies between 0 and 1, such as 0.9998',
+                                    lambda v: 0<v<1)
         # steps: of the optimizer, that are in the average
-        self.decay,self.warmup,self.steps = decay,warmup,0
+        self.warmup,self.steps = warmup,0
         # the weights that the model does not hold; whether it holds the average
         self.other,self.inside,self.loaded = None,False,None
         self.fresh,self.done,self.trained,self.skipped = True,False,False,False
@@ -163,15 +163,15 @@ class Distill(Callback):
     def __init__(self,
         teacher:nn.Module, # a trained ViT of the same classes; it goes into eval mode
         weight:float=.5, # of the teacher, in (0, 1]; the labels have the rest
-        temperature:float=1. # T, above 0: softens the answers of both
+        temperature:float=1. # T, from 0.001 to 1000: softens the answers of both
     ):
         check_teacher(teacher)
-        if not 0<weight<=1:
-            raise ValueError(f"weight={weight!r}: the teacher's part of the loss "
-                             "lies in (0, 1].")
-        if not temperature>0:
-            raise ValueError(f"temperature={temperature!r}: it must be above 0.")
-        self.teacher,self.weight,self.temperature = teacher,weight,temperature
+        self.teacher = teacher
+        self.weight = checked_number('weight', weight, "the teacher's part of the loss lies "
+                                     "in (0, 1]", lambda v: 0<v<=1)
+        # beyond these, float32 has no room for the answers
+        self.temperature = checked_number('temperature', temperature, 'it must be above 0, '
+                                          'from 0.001 to 1000', lambda v: 1e-3<=v<=1e3)
 
     def before_fit(self): _ready(self.teacher, self.model)
     def before_batch(self):
@@ -207,7 +207,11 @@ class DynamicLoss(Callback):
                 raise ValueError("teacher: it is reduced itself, and must be the unpruned "
                                  "ViT: a copy.deepcopy(model) from before dynamic_vit; "
                                  "or None.")
-        self.teacher,self.ratio,self.kl,self.tokens = teacher,ratio,kl,tokens
+        self.teacher = teacher
+        self.ratio,self.kl,self.tokens = [
+            checked_number(name, v, 'the weight of a loss is a number from 0',
+                           lambda v: 0<=v<math.inf)
+            for name,v in (('ratio',ratio), ('kl',kl), ('tokens',tokens))]
         self.hearing = ExitStack() # for the time of a fit ...
         # ... and not longer than the callback, if it breaks off
         weakref.finalize(self, self.hearing.close)

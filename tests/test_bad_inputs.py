@@ -120,6 +120,38 @@ def test_bad_inputs_are_answered_in_a_sentence(space, tmp_path, monkeypatch, cap
         plt.close('all')
     kinds = collections.Counter(kind for kind,*_ in found)
     with capsys.disabled(): print(f"\n{len(found)} bad inputs: {dict(kinds)}")
-    wrong = [f'{kind}: {call}\n  wanted: {says}\n  got: {got[:600]}' for kind,got,call,says in found if kind!='sentence']
+    wrong = [f'{kind}: {call}\n  wanted: {says}\n  got: {got[:600]}'
+             for kind,got,call,says in found if kind!='sentence']
     assert not wrong, '\n'.join(wrong)
     assert not any(tmp_path.iterdir()) # nothing is left behind
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='there is no /dev/full')
+def test_a_full_disk_is_told_in_a_sentence(space, tmp_path, monkeypatch, capsys):
+    "Whatever is written to /dev/full finds no space left"
+    small = dict(archs='vit_tiny_patch16_224', keep_rates='.5', indicators='mean', batch_sizes='1', img_sizes='32',
+                 seconds=0., device='cpu', overwrite=True)
+    sweep_of(tmp_path/'report')
+    for name,files,kw in (('report', ('table-2.html','table-2.csv','table-2.png'), {}),
+                          ('bench', ('bench.csv','bench.json','bench.png'), small)):
+        command = space['report_command' if name=='report' else name]
+        monkeypatch.setattr(sys, 'argv', [f'attn_diversity_{name}']) # as if typed in a shell
+        for file in files:
+            (tmp_path/name).mkdir(exist_ok=True)
+            (tmp_path/name/file).unlink(missing_ok=True)
+            (tmp_path/name/file).symlink_to('/dev/full')
+            with pytest.raises(SystemExit) as e: command(out=tmp_path/name, **kw)
+            assert str(e.value).startswith(f'attn_diversity_{name}: ') and 'No space left on device' in str(e.value)
+            assert 'Make room' in str(e.value)
+            (tmp_path/name/file).unlink()
+        if name=='bench': assert 'realised saving' in capsys.readouterr().out # what was measured is told nevertheless
+
+def test_what_nobody_foresaw_is_one_line(space, monkeypatch):
+    "An error of a kind that no check raises: one line for who types the command, itself for who calls it"
+    def fault(*args): raise KeyError('lost')
+    monkeypatch.setattr('attn_diversity.commands.report', fault)
+    with pytest.raises(KeyError): space['report_command']()
+    monkeypatch.setattr(sys, 'argv', ['attn_diversity_report'])
+    with pytest.raises(SystemExit) as e: space['report_command']()
+    said = str(e.value)
+    assert "KeyError: 'lost'" in said and 'test_bad_inputs.py, line' in said and 'please report it' in said
+    assert len(said.splitlines())==1

@@ -1,6 +1,6 @@
 """Every family of ViTs, every method: against the maker's model, against slow references that remove nothing,
 and what must be refused."""
-import copy, warnings
+import copy, math, warnings
 from contextlib import contextmanager
 import pytest, timm, torch
 import torch.nn.functional as F
@@ -232,13 +232,19 @@ def fold_by_loops(rs, lam, facts):
         return list(new.values())
     return choose
 
-@pytest.mark.parametrize('name', [*one_a_family, *elsewhere])
-def test_fold_is_its_slow_transcription(name):
+@pytest.mark.parametrize('name,stages', [*((n, False) for n in (*one_a_family, *elsewhere)),
+                                         ('vit_small_patch16_dinov3',True), ('vit_medium_patch16_gap_240',True)])
+def test_fold_is_its_slow_transcription(name, stages):
+    "A few in each block, or the paper's stages"
     model,x = one_image(name)
-    depth = len(find_vit(model).blocks)
-    r = [2,0,3,1] if depth==4 else 2
-    want,groups = slow_merge(copy.deepcopy(model), x, fold_by_loops(one_each(r, depth, 'r'), .5, find_vit(model).facts))
-    fold_vit(model, r)
+    depth,facts = len(find_vit(model).blocks),find_vit(model).facts
+    r = [2,0,3,1] if depth==4 else [2]*depth
+    if stages: # as many as keep rate 0.7 leaves in blocks 1 and 2
+        n = facts.n_patches
+        k = math.ceil(.7*n)
+        r = [0, n-k, k-math.ceil(.7*k), 0]
+    want,groups = slow_merge(copy.deepcopy(model), x, fold_by_loops(r, .5, facts))
+    fold_vit(model, **(dict(keep_rate=.7, blocks=(1,2)) if stages else dict(r=r)))
     assert sorted(j for g in groups for j in g)==list(range(sum(map(len, groups)))) # each patch in one token
     assert len(groups)==token_counts(model, sum(map(len, groups)))[-1]
     torch.testing.assert_close(answer(model, x), want, rtol=0, atol=1e-5)
