@@ -201,7 +201,7 @@ def image_quality(
     if not isinstance(models, dict) or not models:
         raise ValueError("models: give a dict {name: model}, the unpruned model first.")
     if batches is None or torch.is_tensor(batches):
-        raise ValueError("batches: give several, of images or of (images, labels), such as [x].")
+        raise ValueError("batches: give several, of images or of (images, labels): [x].")
     base = next(iter(models))
     device = next(models[base].parameters()).device
     cos,right = {n: [] for n in models},{n: [] for n in models}
