@@ -219,7 +219,7 @@ def image_quality(
             cos[n] += torch.cosine_similarity(token, want).tolist()
             if y is not None: right[n] += (logits.argmax(1)==y.to(device)).tolist()
     if not cos[base]: raise ValueError("batches is empty: give at least one batch of images.")
-    tables = [pd.DataFrame({'model': n, 'image': range(len(c)), 'similarity': c,
+    tables = [pd.DataFrame({'model': [n]*len(c), 'image': range(len(c)), 'similarity': c,
                             **({'right': right[n]} if right[n] else {})})
               for n,c in cos.items()]
     return pd.concat(tables, ignore_index=True)
