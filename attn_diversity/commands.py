@@ -302,7 +302,7 @@ def _timed(learn, epochs, fit, **kw): # runs `fit` and returns wall seconds an e
     fit(epochs, **kw)
     return (time.perf_counter()-start)/epochs
 
-def _demo(keep_rate, epochs, tune_epochs, seed, out):
+def _run_demo(keep_rate, epochs, tune_epochs, seed, out):
     start = time.perf_counter()
     set_seed(seed)
     dls = digits_dls(batch_size=32, seed=seed)
@@ -354,5 +354,5 @@ def demo(
         check_whole(0, 2**63-1, seed=seed)
         out = results_folder(out)
         out.mkdir(parents=True, exist_ok=True)
-        table = _demo(keep_rate, epochs, tune_epochs, seed, out)
+        table = _run_demo(keep_rate, epochs, tune_epochs, seed, out)
     if not _is_command('attn_diversity_demo'): return table # a shell would take it for an exit status
