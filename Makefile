@@ -3,12 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
 INSTALLED = .venv/.installed
 JOBS ?= 2
-NOTEBOOKS = $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb)
-# a process a notebook, so that none inherits the memory of another; one thread each, or they would be in each other's way
-NBTEST = @printf '%s\n' $(NOTEBOOKS) | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I NB $(BIN)/nbdev_test --path NB --n_workers 0 --do_print --timing
+NBTEST = $(BIN)/python .ci/notebooks.py --jobs $(JOBS)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(JOBS) --dist loadfile --durations 15
 
-.PHONY: help install demo gauge test test-slow export readme docs clean
+.PHONY: help install install-locked lock licences audit sbom wheel demo gauge gpu test test-slow export readme docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,8 +18,35 @@ $(INSTALLED): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+install-locked: ## the same, but only files whose hash is in requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(INSTALLED)
+
+LOCK = UV_CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/uv pip compile -q setup.py --extra dev -c constraints.txt --universal --python-version 3.10 --generate-hashes --no-annotate --refresh
+
+lock: install ## requirements.lock, for Python 3.10 to 3.13, from settings.ini and constraints.txt
+	$(LOCK) -o requirements.lock
+
+licences: install ## the licence of each installed package; fails on one that is unknown or not free to use
+	$(BIN)/python .ci/licences.py
+
+audit: install ## known vulnerabilities of what requirements.lock installs (needs a network)
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+
+sbom: install ## dist/sbom.json: what is installed, as CycloneDX
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment $(BIN)/python --output-reproducible --of JSON -o dist/sbom.json
+
+wheel: install ## dist/*.whl, installed in an environment of its own, where the demo runs
+	.ci/wheel
+
 demo: install ## train, prune and fine-tune a small ViT on handwritten digits
 	$(BIN)/attn_diversity_demo
+
+gpu: install ## what only a GPU can say, in ten minutes: attn_diversity_gpu/report.md (ARGS=--rehearse: on the CPU)
+	$(BIN)/python .ci/gpu.py $(ARGS)
 
 gauge: install ## what code must look like: ruff's rules, no private names of others, no import circles
 	$(BIN)/python .ci/gauge.py
@@ -49,4 +74,4 @@ docs: install ## the site in _docs, by Quarto where there is one, else by smalld
 	$(BIN)/python .ci/docs.py
 
 clean: ## remove what commands and builds wrote
-	rm -rf _proc _docs build dist attn_diversity_bench attn_diversity_demo attn_diversity_train attn_diversity_sweep
+	rm -rf _proc _docs build dist attn_diversity_bench attn_diversity_choose attn_diversity_demo attn_diversity_evaluate attn_diversity_gpu attn_diversity_sweep attn_diversity_train
