@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Reducer', 'ReducedBlock', 'reduced_class', 'masked_attention', 'dense', 'reducers_of', 'block_ids', 'insert_reducers',
-           'restore_vit', 'one_each', 'set_rate', 'token_counts', 'evaluating', 'trace_records', 'trace',
-           'scatter_back']
+           'restore_vit', 'one_each', 'set_rate', 'token_counts', 'evaluating', 'check_images', 'trace_records',
+           'trace', 'scatter_back']
 
 # %% ../nbs/02d_reduce.ipynb #7a4e291f
 import torch
@@ -268,6 +268,7 @@ def block_ids(
     "Where to reduce, checked"
     depth = len(find_vit(model).blocks)
     if blocks is None: return sorted({depth*i//4 for i in (1,2,3)})
+    if hasattr(blocks, 'tolist'): blocks = blocks.tolist() # of numpy or torch
     blocks = list(blocks) if isinstance(blocks, Iterable) else [blocks]
     bad = [b for b in blocks
            if not isinstance(b, Integral) or isinstance(b, bool) or not 0<=b<depth]
@@ -364,6 +365,17 @@ def evaluating(
     finally:
         for m in training: m.training = True
 
+def check_images(
+    x # to be images [B, 3, H, W], as a model takes them
+):
+    "An error, unless it is a batch of images"
+    if not torch.is_tensor(x):
+        raise TypeError(f"x is a {type(x).__name__}: a tensor of images [B, 3, H, W] is "
+                        "needed, as the model takes them.")
+    if x.dim()!=4:
+        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; "
+                         "x[None] makes a batch of one.")
+
 @torch.no_grad()
 def trace_records(
     model:nn.Module, # a reduced ViT
@@ -372,9 +384,7 @@ def trace_records(
     "What travels in one forward in eval mode"
     model = unwrap_model(model)
     at,found = reducers_of(model),{}
-    if x.dim()!=4:
-        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; "
-                         "x[None] makes a batch of one.")
+    check_images(x)
     def tell(i, tokens, record):
         if i in at: found[i] = record
         return tokens # the next block takes what travels
@@ -397,11 +407,21 @@ def scatter_back(
     grid=None # rows and columns of patches, for an output of [B, C, rows, columns]
 )->Tensor: # [B, N, C], or [B, C, rows, columns]; 0 where a patch has no token
     "Give every patch the features of the token that holds it"
-    n = int(owners.max())+1
-    if x.dim()!=3 or x.shape[1]!=n:
+    whole = not (owners.is_floating_point() or owners.dtype==torch.bool)
+    if owners.dim()!=2 or not whole or (x.dim()==3 and len(owners) not in (1, len(x))):
+        raise ValueError(f"owners has shape {list(owners.shape)} and {owners.dtype}: "
+                         f"whole numbers [{len(x)}, N] are needed, as trace(model, x)[-1] is.")
+    n = int(owners.max())+1 if owners.numel() else x.shape[1]
+    if x.dim()!=3 or x.shape[1]!=n or not n:
         raise ValueError(f"x has shape {list(x.shape)}, but the owners name {n} tokens: "
                          f"[B, {n}, C] is needed, "
                          "without prefix tokens: x[:,model.num_prefix_tokens:].")
     owners = owners.to(x.device).expand(x.shape[0], -1)
     y = take_tokens(x, owners.clamp(min=0)) * (owners>=0).unsqueeze(-1)
-    return y if grid is None else y.transpose(1, 2).unflatten(2, tuple(grid))
+    if grid is None: return y
+    sides,n = list(grid) if isinstance(grid, Iterable) else [],y.shape[1]
+    counts = all(isinstance(s, Integral) and s>0 for s in sides)
+    if len(sides)!=2 or not counts or sides[0]*sides[1]!=n:
+        raise ValueError(f"grid={grid!r}: rows and columns of {n} patches are needed, such as "
+                         "model.patch_embed.grid_size.")
+    return y.transpose(1, 2).unflatten(2, sides)

@@ -8,6 +8,7 @@ __all__ = ['match_tokens', 'merging', 'checked_r', 'kept_by_r', 'mean_keys', 'Me
 # %% ../nbs/05_tome.ipynb #50bd3faa
 import torch
 import torch.nn.functional as F
+from fractions import Fraction
 from numbers import Integral
 from torch import Tensor, nn
 from .attention import no_autocast
@@ -110,8 +111,9 @@ def falling_r(
     depth:int=12 # number of blocks
 )->list: # one number a block, for `merge_vit`
     "A schedule that falls linearly from 2r in the first block to 0 in the last"
-    checked_r(r)
-    if not isinstance(depth, Integral) or isinstance(depth, bool) or depth<2:
+    r = checked_r(r)
+    if not isinstance(depth, Integral) or isinstance(depth, bool) or not 2<=depth<=1000:
         raise ValueError(f"depth={depth!r}: a falling schedule needs a whole number of "
-                         "blocks, at least 2.")
-    return [round(2*r*(depth-1-i)/(depth-1)) for i in range(depth)]
+                         "blocks, at least 2 (and at most 1000).")
+    last = int(depth)-1
+    return [round(Fraction(2*r*(last-i), last)) for i in range(last+1)]
