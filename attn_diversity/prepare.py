@@ -16,24 +16,9 @@ import numpy as np, pandas as pd, torch
 from fastai.vision.all import image_extensions
 from fastcore.all import ProcessPoolExecutor, defaults
 from fastprogress import progress_bar
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Subset
-from .data import check_whole, folder_dls, name_some, open_picture, walk_tree
-
-# %% ../nbs/08b_prepare.ipynb #ca7ee6e1
-def _rgb(im): # an image of any mode as 8-bit RGB
-    mode = im.mode
-    if 'transparency' in im.info or mode in ('RGBA','LA','PA','RGBa','La'):
-        im = im.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
-    if mode.startswith('I') or mode=='F': # Pillow would cut values off at 255
-        a = np.asarray(im, dtype=float)
-        if mode.startswith('I;16') or a.max()>255: top = 65535
-        else: top = 1 if mode=='F' and a.max()<=1 else 255
-        if a.min()<0 or a.max()>65535:
-            raise ValueError(f"pixels from {a.min():g} to {a.max():g} in mode {mode}; known are 0 to 65535")
-        return Image.fromarray(np.rint(a*(255/top)).astype(np.uint8)).convert('RGB')
-    return im.convert('RGB')
+from .data import as_rgb, check_whole, folder_dls, name_some, open_picture, turn_of, walk_tree
 
 # %% ../nbs/08b_prepare.ipynb #98ddedc8
 JPEG = ('.jpg','.jpeg','.jpe','.jfif')
@@ -57,7 +42,7 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
             deep = im.format=='PNG' and ';16' in str(im.tile)
             odd = im.mode not in ('RGB','L') or deep or 'transparency' in im.info
             remark = f'{im.mode}{", 16 bits" if deep else ""}' if odd else ''
-            turned = im.getexif().get(0x0112, 1)>1
+            turned = turn_of(im) is not None
             scale = min(1, short_side/min(im.size))
             size = [max(1, round(d*scale)) for d in im.size]
             copy = scale==1 and not odd and not turned and src.name==dst.name
@@ -65,12 +50,10 @@ def _prepare_one(job, short_side, quality): # (done, remark): 'copied', 'resized
             im.load()
             if copy: data = src.read_bytes()
             else:
-                small = _rgb(im)
+                small = as_rgb(im)
+                if small.size!=im.size: size.reverse() # turned by a quarter
                 if small.size!=tuple(size):
                     small = small.resize(size, Image.Resampling.BICUBIC)
-                if turned:
-                    small.info['exif'] = im.info.get('exif')
-                    small = ImageOps.exif_transpose(small)
                 buffer = BytesIO()
                 kind = 'JPEG' if dst.suffix.lower() in JPEG else 'PNG'
                 small.save(buffer, kind, quality=quality, exif=b'')
