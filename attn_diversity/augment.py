@@ -6,13 +6,15 @@
 __all__ = ['MixCallback', 'EraseCallback']
 
 # %% ../nbs/09b_augment.ipynb #1b67707d
-import torch
+import math, torch
+from numbers import Real
 from fastai.callback.core import Callback
 from fastai.data.all import get_c
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
+from .measure import checked_number
 
 # %% ../nbs/09b_augment.ipynb #f443ae5d
 class _Mixup(Mixup): # timm's, which remembers what it drew
@@ -63,12 +65,14 @@ class MixCallback(Callback):
         prob:float=1., # probability that a batch is mixed at all
         smoothing:float=.1 # of labels: spread evenly over all classes, in each batch of training
     ):
-        if mixup<0 or cutmix<0 or not (mixup or cutmix):
-            raise ValueError(f"mixup={mixup!r}, cutmix={cutmix!r}: numbers from 0, at least one of them "
-                             "above; to mix nothing leave the callback out.")
-        if not (0<=switch<=1 and 0<=prob<=1 and 0<=smoothing<1):
-            raise ValueError(f"switch={switch!r}, prob={prob!r}, smoothing={smoothing!r}: "
-                             "switch and prob lie in [0, 1], smoothing in [0, 1).")
+        for name,value in dict(mixup=mixup, cutmix=cutmix).items():
+            checked_number(name, value, 'an alpha is a finite number from 0', lambda v: 0<=v<math.inf)
+        if not (mixup or cutmix):
+            raise ValueError(f"mixup={mixup!r}, cutmix={cutmix!r}: at least one of them must be above 0; "
+                             "to mix nothing leave the callback out.")
+        for name,value in dict(switch=switch, prob=prob).items():
+            checked_number(name, value, 'a probability, from 0 to 1', lambda v: 0<=v<=1)
+        checked_number('smoothing', smoothing, 'the part to spread, from 0 to less than 1', lambda v: 0<=v<1)
         self.mixup,self.cutmix,self.switch = mixup,cutmix,switch
         self.prob,self.smoothing = prob,smoothing
         self.log = [] # (kind, lambda) of each batch in training; kind 'mixup', 'cutmix' or 'none'
@@ -124,9 +128,9 @@ class EraseCallback(Callback):
         area:tuple=(.02,1/3), # least and greatest part of the image that is erased
         mode:str='pixel' # 'pixel': noise; 'rand': one random colour; 'const': the mean colour
     ):
-        if not 0<=prob<=1:
-            raise ValueError(f"prob={prob!r}: the share of images to erase from lies in [0, 1].")
-        if not 0<area[0]<=area[1]<1:
+        checked_number('prob', prob, 'the share of images to erase from lies in [0, 1]', lambda v: 0<=v<=1)
+        two = isinstance(area, (tuple,list)) and len(area)==2 and all(isinstance(a, Real) for a in area)
+        if not two or not 0<area[0]<=area[1]<1:
             raise ValueError(f"area={area!r}: two parts of the image, 0 < least <= greatest < 1.")
         if mode not in ('pixel','rand','const'):
             raise ValueError(f"mode={mode!r}: 'pixel', 'rand' or 'const'.")

@@ -17,9 +17,10 @@ from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from filelock import FileLock, Timeout
 from timm.utils.model import unwrap_model
-from .callbacks import checked_number
+from .callbacks import listed_callbacks
 from .distributed import ShardDL, many_processes
 from .learner import save_vit
+from .measure import checked_number
 from .methods import method_config
 
 # %% ../nbs/10c_resume.ipynb #0665f40d
@@ -295,17 +296,21 @@ def _plainly(x):
     if isinstance(x, (list,tuple)): return [_plainly(o) for o in x]
     return x if isinstance(x, (int,float,str,bool,type(None))) else str(x)
 
+_LATER = ('target','resize','schedule') # settings that runs of earlier versions did not write down
+
 def _check_settings(then, now, folder):
-    other = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now"
-             for k in {**then, **now} if then.get(k)!=now.get(k)]
+    other = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in {**then, **now}
+             if then.get(k)!=now.get(k) and (k in then or k not in _LATER)]
     if other:
-        raise ValueError(f"The run in {folder} was started with other settings ({'; '.join(other)}). "
-                         "Resume it with the same, or choose another folder.")
+        raise ValueError(f"The run in {folder} was started with other settings ({'; '.join(other)}). Resume it "
+                         "with the same, or choose another folder. To train on from its weights, begin in another "
+                         f"folder from checkpoint={str(folder/'best')!r}.")
 
 def _diverged(saver, folder, lr): # what to do then
     best = saver.best and f" The best epoch before, {saver.best['epoch']}, is kept in {folder/'best'}."
-    return RuntimeError(f"{saver.diverged} Begin anew with a lower lr (it was {lr:g}), in another folder or with "
-                        f"--overwrite.{best or ' No epoch was good, and none is saved.'}")
+    lr = lr if isinstance(lr, slice) else f'{lr:g}'
+    return RuntimeError(f"{saver.diverged} Begin anew with a lower lr (it was {lr}), in another folder or "
+                        f"with --overwrite.{best or ' No epoch was good, and none is saved.'}")
 
 def _stopped(saver, learn, folder, e, start): # what to do after the error e
     safe = [f"batch {b} of epoch {n}" if b else f"the end of epoch {n-1}"
@@ -353,7 +358,14 @@ def _former(folder, settings): # state of the run in the folder, to go on with; 
     _check_settings(state['settings'], settings, folder)
     return state
 
+def _checked_lr(lr): # one rate, or a slice of the lowest group's and the highest's
+    def one(v): return checked_number('lr', v, 'the learning rate is a number from 0', lambda v: 0<=v<math.inf)
+    if not isinstance(lr, slice): return one(lr)
+    return slice(None if lr.start is None else one(lr.start), one(lr.stop))
+
 def _check_fit(learn, epochs, keep, settings):
+    if not isinstance(learn, Learner):
+        raise TypeError(f"learn={learn!r:.80}: give a Learner, such as prune_learner makes.")
     for name,value in (('epochs',epochs), ('keep',keep)):
         checked_number(name, value, 'at least 1 is needed, a whole number', lambda v: v>=1, whole=True)
     if 'seed' in settings:
@@ -370,7 +382,7 @@ def fit_saved(
     learn:Learner, # from `prune_learner`
     epochs:int, # passes through the training images, those before an interruption included
     folder, # of this run: checkpoints/, best/ and history.csv are written there
-    lr:float=None, # learning rate that the cosine starts from; default the Learner's
+    lr:float=None, # learning rate that the cosine starts from, or a slice; default the Learner's
     resume:bool=False, # go on where the run in `folder` was; from the start if there is none
     keep:int=2, # checkpoints to keep
     cbs=(), # further callbacks for this fit
@@ -378,17 +390,17 @@ def fit_saved(
 )->dict: # best_accuracy (or what the first metric is), best_epoch and the last epoch's values
     "Fit with a checkpoint every epoch; after Ctrl-C, SIGTERM, an error or a crash it goes on where it was"
     _check_fit(learn, epochs, keep, settings)
-    lr = learn.lr if lr is None else lr
-    lr = checked_number('lr', lr, 'the learning rate is a number from 0', lambda v: 0<=v<math.inf)
+    lr,cbs = _checked_lr(learn.lr if lr is None else lr),listed_callbacks(cbs)
     folder = Path(folder).expanduser()
     own = {**getattr(learn, 'recipe', {}), **getattr(learn, 'settings', {})}
+    own = {k: v for k,v in own.items() if k not in ('data','checkpoint')} # they may have moved
     model = {f'model {k}': v for k,v in method_config(unwrap_model(learn.model)).items()}
     settings = dict(own, epochs=epochs, lr=lr,
                     batch_size=learn.dls.train.bs, train_images=learn.dls.train.n, **settings, **model)
     settings = {k: _plainly(v) for k,v in settings.items()}
-    with claimed(folder): return _fit_claimed(learn, epochs, folder, resume, keep, cbs, settings)
+    with claimed(folder): return _fit_claimed(learn, epochs, lr, folder, resume, keep, cbs, settings)
 
-def _fit_claimed(learn, epochs, folder, resume, keep, cbs, settings):
+def _fit_claimed(learn, epochs, lr, folder, resume, keep, cbs, settings):
     state = _former(folder, settings) if resume else None
     if not resume and saved_checkpoints(folder/'checkpoints'):
         raise FileExistsError(f"{folder} holds a run already: go on with it by resume=True (--resume), "
@@ -399,7 +411,7 @@ def _fit_claimed(learn, epochs, folder, resume, keep, cbs, settings):
         said = f"Going on in {folder}: {state['epoch']} of {epochs} epochs done{begun}"
     elif resume: said = f"There is nothing to resume in {folder}: from the start."
     if said and not rank_distrib(): print(said)
-    saver,start,lr = Checkpoints(folder, settings, state, keep),state['epoch'] if state else 0,settings['lr']
+    saver,start = Checkpoints(folder, settings, state, keep),state['epoch'] if state else 0
     learn._do_fit = partial(_fit_from, learn, start)
     try:
         with many_processes(learn), _noting(saver): learn.fit(epochs, lr, cbs=[*cbs, saver])
@@ -422,11 +434,10 @@ def plot_schedules(
 ): # a matplotlib Figure
     "Learning rate, keep rate and mixing as they were, batch by batch: what the Learner did, not what a formula says"
     import matplotlib.pyplot as plt
-    if not getattr(learn.recorder, 'losses', None) or not hasattr(learn, 'cosine_schedule'):
-        raise ValueError("There is nothing to draw yet: fit a Learner that prune_learner made, "
-                         "then draw its schedules.")
+    if not getattr(learn.recorder, 'losses', None):
+        raise ValueError("There is nothing to draw yet: fit the Learner, then draw its schedules.")
     n = len(learn.recorder.losses)
-    series = [('learning rate', learn.cosine_schedule.hps.get('lr', []))]
+    series = [('learning rate', learn.recorder.lrs)]
     if hasattr(learn, 'keep_rate_schedule'):
         series.append(('keep rate', learn.keep_rate_schedule.rates))
     mix = learn.mix.log if hasattr(learn, 'mix') else []

@@ -16,9 +16,10 @@ from timm.layers import PatchEmbed, to_2tuple
 from timm.utils import ModelEmaV3
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
-from .callbacks import checked_number, KeepRateSchedule
+from .callbacks import KeepRateSchedule
 from .dynamicvit import decisions, Predict, ratio_loss, token_loss
 from .families import find_vit
+from .measure import checked_number
 from .overlap import OverlapPatchEmbed
 from .reduce import reducers_of
 
@@ -101,10 +102,15 @@ def _patch_size(model): # that images must divide into; None where they need not
 
 def misfit(
     model:nn.Module, # a ViT
-    size # side of the images in pixels, or (height, width)
+    size, # side of the images in pixels, or (height, width)
+    channels:int=None # of the images; None is not asked
 )->str: # what to do about it; None where they fit
     "What is wrong with images of this size for a model, if anything"
     (h,w),patch,embed = to_2tuple(size),_patch_size(model),getattr(model, 'patch_embed', None)
+    takes = getattr(getattr(embed, 'proj', None), 'in_channels', None)
+    if None not in (takes, channels) and takes!=channels:
+        return (f"The model takes images of {takes} channels, the data has {channels}: make "
+                f"the model with in_chans={channels}, or the data with {takes} channels.")
     if isinstance(embed, OverlapPatchEmbed):
         embed.dynamic_feat_size((h,w)) # any size that holds a patch
     if patch and (h%patch[0] or w%patch[1]):
@@ -121,7 +127,8 @@ def misfit(
 def check_teacher(
     teacher:nn.Module, # a trained ViT
     n_classes:int=None, # that the student has to tell apart; None is not asked
-    size=None # side of the images in pixels, or (height, width); None is not asked
+    size=None, # side of the images in pixels, or (height, width); None is not asked
+    channels:int=None # of the images; None is not asked
 ):
     "Refuse a teacher that cannot answer"
     kind = type(teacher).__name__
@@ -136,7 +143,7 @@ def check_teacher(
     if n_classes not in (None, knows):
         raise ValueError(f"teacher: it knows {knows} classes, and the data has {n_classes}: "
                          "train it on the same classes first.")
-    if problem := None if size is None else misfit(teacher, size):
+    if problem := None if size is None else misfit(teacher, size, channels):
         raise ValueError(f'teacher: {problem}')
 
 # %% ../nbs/09c_teachers.ipynb #ce57c75a

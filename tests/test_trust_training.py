@@ -1,5 +1,5 @@
 "A training that goes wrong says so, and spoils nothing: divergence, wrong settings, two at once, foreign checkpoints."
-import io, math, os, subprocess, sys, tempfile, time, zlib
+import errno, io, json, math, os, random, subprocess, sys, tempfile, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
@@ -140,6 +140,31 @@ def test_a_folder_without_a_checkpoint_begins_anew(tmp_path, capsys):
     assert fit(learner(), 1, tmp_path/'run', resume=True)['epoch']==0
     assert 'nothing to resume' in capsys.readouterr().out
 
+def test_a_disk_that_is_full_at_any_write(tmp_path, monkeypatch):
+    "At each file that gets its name: what was safe stays so, and with room again it goes on to the same end"
+    whole,real = fit(named(learner()), 2, tmp_path/'whole'),os.replace
+    wanted,folder = load_file(tmp_path/'whole'/'best'/'model.safetensors'),tmp_path/'run'
+    for at in range(20):
+        left = [at]
+        def replace(*args):
+            if not left[0]: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            left[0] -= 1
+            return real(*args)
+        folder = tmp_path/f'{at} files'
+        with monkeypatch.context() as m:
+            m.setattr(os, 'replace', replace)
+            try: fit(named(learner()), 2, folder)
+            except (RuntimeError, OSError) as e: said = str(e)
+            else: break
+        saved = saved_checkpoints(folder/'checkpoints')
+        assert 'No space left on device' in said and ('Safe in' if saved else 'nothing is saved yet') in said
+        assert not list((folder/'checkpoints').glob('*.aside'))
+        result = fit(named(learner()), 2, folder, resume=True)
+        for k in ('train_loss','valid_loss','best_epoch','best_accuracy'): assert result[k]==whole[k]
+        best = load_file(folder/'best'/'model.safetensors')
+        assert all(torch.equal(best[k], wanted[k]) for k in wanted)
+    assert 2<=at<19, at
+
 # two at once
 
 @pytest.fixture(scope='module')
@@ -191,6 +216,64 @@ def test_the_second_of_two_is_refused(tmp_path, pictures):
     first.said()
     with claimed(out): pass # who was killed holds nothing
     assert not (out/'.training.lock').exists()
+
+@pytest.mark.slow
+def test_kills_of_the_command_and_resume(tmp_path, pictures):
+    "-9 at random moments, loader processes and all; the same history, weights and best as without"
+    epochs,rng = 8,random.Random(0)
+    def start(name, *more):
+        return Command(pictures, tmp_path/name, '--arch', 'test_vit', '--epochs', epochs, '--lr', '3e-3', *more)
+    whole = start('whole')
+    whole.until((tmp_path/'whole'/'checkpoints').exists)
+    began = time.monotonic()
+    whole.said()
+    each,kills,done,out = (time.monotonic()-began)/epochs,0,0,tmp_path/'run'
+    while kills<6:
+        p = start('run', *(['--resume'] if kills else []))
+        while not (out/'.training.lock').exists() and p.p.poll() is None: time.sleep(.01)
+        time.sleep(rng.uniform(0, 2*each))
+        p.p.kill()
+        if p.p.wait()==0: break # it was done before
+        kills += 1
+        saved = max((n for n,*_ in saved_checkpoints(out/'checkpoints')), default=0)
+        assert saved>=done # no epoch that was saved is lost
+        done = saved
+        (out/'.training.lock').unlink(missing_ok=True) # to see the next one take it
+    if not (out/'model.json').exists(): start('run', '--resume').said()
+    kept = ['epoch','train_loss','valid_loss','accuracy']
+    pd.testing.assert_frame_equal(*(pd.read_csv(tmp_path/n/'history.csv')[kept] for n in ('run','whole')))
+    for folder in ('.','best'):
+        a,b = (load_file(tmp_path/n/folder/'model.safetensors') for n in ('run','whole'))
+        assert all(torch.equal(a[k], b[k]) for k in b)
+    best = json.loads((out/'best'/'model.json').read_text())['info']['epoch']
+    assert best==pd.read_csv(out/'history.csv').accuracy.argmax() and kills>=3
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_ten_processes_race_for_one_folder(tmp_path):
+    def until(path):
+        end = time.monotonic()+60
+        while not path.exists() and time.monotonic()<end: time.sleep(.002)
+    def child(): # 0: it had the folder, 3: it was told that another has it
+        pid,code = os.fork(),1
+        if pid: return pid
+        try:
+            until(tmp_path/'go')
+            with claimed(tmp_path/'run'): until(tmp_path/'end')
+            code = 0
+        except RuntimeError as e: code = 3 if f"Another training is writing to {tmp_path/'run'}" in str(e) else 1
+        finally: os._exit(code)
+    running,codes = {child() for _ in range(10)},[]
+    (tmp_path/'go').touch()
+    while running:
+        for pid in list(running):
+            ended,status = os.waitpid(pid, os.WNOHANG)
+            if not ended: continue
+            running.remove(pid)
+            codes.append(os.waitstatus_to_exitcode(status))
+        if len(running)==1: (tmp_path/'end').touch() # only the one that has it
+        time.sleep(.002)
+    assert sorted(codes)==[0]+[3]*9
+    assert not (tmp_path/'run'/'.training.lock').exists()
 
 def test_five_threads_one_folder(tmp_path):
     def one(i):
