@@ -16,7 +16,7 @@ from .families import find_vit
 from .indicators import attention_mean, INDICATORS, median, random_scores
 from .methods import METHODS, twin_of
 from .pruning import checked_rate, indicator_name, kept_count, Prune, trace_patches
-from .reduce import insert_reducers, ReducedBlock, reducers_of, restore_vit, trace_records
+from .reduce import check_images, insert_reducers, ReducedBlock, reducers_of, restore_vit, trace_records
 from .reduction import Reduction
 from .vis import (describe, fade, fit_title, patch_layout, patch_mask, picture_axes, pixel_mask,
                                 to_images)
@@ -52,9 +52,7 @@ def head_maps(
     if not isinstance(block, Integral) or isinstance(block, bool) or not 0<=block<len(blocks):
         raise ValueError(f"block={block!r}: the model has blocks 0 to {len(blocks)-1}; "
                          "the paper's 4th, 7th and 10th are 3, 6 and 9.")
-    if x.dim()!=4:
-        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; "
-                         "x[None] makes a batch of one.")
+    check_images(x)
     twin,told = twin_of(model).eval(),[]
     reducers = reducers_of(twin, needed=False)
     if reducers: restore_vit(twin)
@@ -74,6 +72,9 @@ def on_grid(
     grid:tuple # rows and columns of patches
 )->np.ndarray: # [rows, columns]; NaN where there is none
     "Numbers laid out where their patches are; fusion tokens are nowhere"
+    if values.shape!=ids.shape or ids.numel() and int(ids.max())>=grid[0]*grid[1]:
+        raise ValueError(f"values {list(values.shape)} and ids {list(ids.shape)} do not lie on a "
+                         f"grid of {grid[0]} x {grid[1]} patches: one a token [n] is needed.")
     out = np.full(grid[0]*grid[1], np.nan)
     out[ids[ids>=0].cpu().numpy()] = values[ids>=0].detach().float().cpu().numpy()
     return out.reshape(grid)
@@ -88,9 +89,10 @@ def _draw_map(ax, image, values, layout, size, vmax, gamma=1): # numbers on the 
     ax.set_ylim(h, 0)
 
 def _one(x): # one photograph
-    if x.dim()!=4 or len(x)!=1:
+    if torch.is_tensor(x) and (x.dim()!=4 or len(x)!=1):
         tip = "x[:1] is the first." if x.dim()==4 else "x[None] makes a batch of one."
         raise ValueError(f"x has shape {list(x.shape)}: one photograph [1, 3, H, W] is needed; {tip}")
+    check_images(x)
     return x
 
 def _flat(axs, n): # n axes, checked

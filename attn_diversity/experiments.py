@@ -19,6 +19,7 @@ from fastai.torch_core import num_distrib, set_seed
 from fastcore.basics import defaults
 from filelock import FileLock, Timeout
 from timm.utils.model import unwrap_model
+from .bench import check_table
 from .callbacks import FlopsCallback, ThroughputCallback
 from .data import IMAGENET100, VALID_NAMES, check_whole, digits_dls, folder_dls, imagenet100_dls
 from .families import find_vit
@@ -113,6 +114,10 @@ def demo_vit(
     torch.nn.init.normal_(learn.model.pos_embed, std=.3)
     return learn
 
+def _path(name, value): # expanded
+    if isinstance(value, (str,os.PathLike)) and str(value): return Path(value).expanduser()
+    raise TypeError(f"{name}={value!r:.80}: it must be the path of a folder.")
+
 def find_dls(
     data, # 'digits', an ImageNet-1k or ImageNet-100 tree, or any folder of photographs
     img_size:int=224, # side of the square images, in pixels
@@ -128,9 +133,9 @@ def find_dls(
         dls = digits_dls(img_size, batch_size, valid_pct, seed)
         dls.train.rng.seed(seed)
         return dls
-    path = Path(data).expanduser()
+    path = _path('data', data)
     if n_workers is None and num_distrib()>1: # the processes share the cores
-        n_workers = max(1, min(defaults.cpus, 16)//num_distrib())
+        n_workers = max(1, min(defaults.cpus, 16)//int(os.environ.get('LOCAL_WORLD_SIZE', num_distrib())))
     # never deeper than named: folders that link to one another would have no end
     places = [f'{above}{d}' for above in ('','CLS-LOC/','Data/CLS-LOC/','ILSVRC/Data/CLS-LOC/')
               for d in ('*','train/*','train.X*/*')]
@@ -144,7 +149,7 @@ def results_folder(
     out # folder for results
 )->Path: # the same, expanded; it is not made yet
     "Refuse a folder for results that nothing can be written to, before anything takes its time"
-    out = Path(out).expanduser()
+    out = _path('out', out)
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir(): raise NotADirectoryError(f"{there} is a file: give a folder for the results.")
     try:
@@ -159,7 +164,7 @@ def check_outside(
 ):
     "Refuse a folder for results that lies among the class folders, where it would become a class"
     if str(data)=='digits': return
-    out,data = (Path(p).expanduser().resolve() for p in (out, data))
+    out,data = _path('out', out).resolve(),_path('data', data).resolve()
     parts = [data/n for n in ('train',*VALID_NAMES) if (data/n).is_dir()]
     for d in parts if (data/'train').is_dir() else [data]:
         if out.is_relative_to(d):
@@ -183,6 +188,7 @@ def row_learner(
     **kwargs # for `prune_learner`: arch, checkpoint, recipe, lr ...
 )->Learner: # of the model that the row means
     "The Learner of a row of the paper's tables"
+    if not hasattr(row, 'method'): raise TypeError(f"row={row!r:.80}: give a row of table_runs.")
     method = find_method(row.method)
     kw = {k: v for k,v in dict(keep_rate=row.keep_rate, fuse=bool(row.fuse)).items()
           if k in (method.knob, *method.settings)}
@@ -339,6 +345,7 @@ def run_table(
     check_whole(1, epochs=epochs, base_epochs=base_epochs)
     check_outside(out, data)
     out = results_folder(out)
+    if (out/'settings.json').exists(): _settings(out) # damage is said at once
     dls = find_dls(data, 24 if digits else img_size, batch_size, seed, n_workers=n_workers)
     how = dict(arch=arch, checkpoint=checkpoint, lr=lr)
     if digits: how = dict(_DIGITS, lr=3e-4 if lr is None else lr)
@@ -372,8 +379,9 @@ def sweep_state(
     out # folder of the runs
 )->pd.DataFrame: # a line a run
     "How far a table is: 'done', 'failed', 'running' (by some worker), 'stopped' (to be resumed) or 'open'"
-    runs = table_runs(table).run
-    return pd.DataFrame(dict(run=runs, state=[_state(Path(out).expanduser()/run) for run in runs]))
+    runs,out = table_runs(table).run,_path('out', out)
+    if not out.is_dir(): raise FileNotFoundError(f"{out} is not there: give the folder of a sweep.")
+    return pd.DataFrame(dict(run=runs, state=[_state(out/run) for run in runs]))
 
 # %% ../nbs/13_experiments.ipynb #f5bb5fb0
 def _row_report(r, m, plain, theirs): # a row r of the paper, its result m, the unpruned run's and the paper's unpruned
@@ -394,7 +402,7 @@ def report_table(
     out # folder of the runs
 )->pd.DataFrame: # a line a row of the table; empty where a run is not done
     "Measured beside published: accuracy, cost and speed, and what of them carries over to other data and devices"
-    out = Path(out).expanduser()
+    out = _path('out', out)
     if not out.is_dir():
         raise FileNotFoundError(f"{out} is not there: give the folder of a sweep (attn_diversity_sweep --out).")
     if not (out/'settings.json').exists():
@@ -412,7 +420,7 @@ def plot_report(
     table:pd.DataFrame # from `report_table`
 )->plt.Figure: # published and measured, side by side
     "Accuracy against images a second, a line a method"
-    if 'model' not in table: raise ValueError("table: it has no rows of a report; give what report_table gives.")
+    check_table(table, ['model','images/s','accuracy, %'], 'report_table')
     lines = [_line(m) for _,m in table['model'].iterrows()]
     fig,axs = plt.subplots(1, 2, figsize=(10,3.8))
     for ax,title,(y,x) in zip(axs, ('published (ImageNet-100, RTX A6000)','measured'),

@@ -12,8 +12,10 @@ from pathlib import Path
 import ipywidgets as W, matplotlib, numpy as np, torch
 from matplotlib.figure import Figure
 from torch import nn
+from .bench import listed
 from .fusion import get_temperature
 from .indicators import INDICATORS
+from .measure import checked_number
 from .pruning import indicator_name, Prune
 from .reduce import block_ids, reducers_of
 from .session import (enlarged, EXAMPLES, frame_patch, image_bytes, kept_picture, open_photo,
@@ -106,11 +108,13 @@ class PruneExplorer(W.VBox):
     "Prune a photograph by hand: sliders, pictures, and the reasons for each patch"
     def __init__(self,
         model:nn.Module, # a timm ViT that `prune_vit` takes, or one that it has pruned; it stays as it is
-        classes=None, # names of the classes, for a model with a head; default the model's own where `load_vit` made it
         photo=None, # to begin with: a name in `EXAMPLES`, a path, bytes or a PIL image; default the first example
+        classes=None, # names of the classes, for a model with a head; default the model's own where `load_vit` made it
         blocks=None, # indexes of the blocks that prune; default the quarter points of the depth
         width:int=352 # of a picture, in pixels
     ):
+        checked_number('width', width, 'a picture is 64 to 4096 pixels wide', lambda v: 64<=v<=4096, whole=True)
+        if classes is not None: classes = listed('classes', classes)
         self.session = s = Session(model, blocks)
         self.classes,self.width,self._quiet = classes if classes is not None else s.classes,width,False
         known = getattr(s.model, 'num_classes', 0)

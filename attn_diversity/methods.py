@@ -9,17 +9,18 @@ __all__ = ['METHODS', 'Method', 'method_name', 'find_method', 'reduce_vit', 'met
 # %% ../nbs/07c_methods.ipynb #8b7c0d90
 import copy
 import numpy as np, pandas as pd, torch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from scipy import stats
 from torch import Tensor, nn
-from .bench import speed_table
+from .bench import check_models, check_table, listed, speed_table
 from .dynamicvit import dynamic_vit, Predict
 from .fold import fold_vit, Fold
 from .indicators import INDICATORS
-from .measure import count_flops, example_images
+from .measure import check_model, checked_number, count_flops, example_images
 from .pruning import indicator_name, Prune, prune_vit
-from .reduce import evaluating, Reducer, reducers_of, set_rate, token_counts, trace_records
+from .reduce import (check_images, evaluating, Reducer, reducers_of, set_rate, token_counts,
+                                   trace_records)
 from .tome import Merge, merge_vit
 
 # %% ../nbs/07c_methods.ipynb #1da3d8d1
@@ -54,6 +55,12 @@ def _pruned(title, colour, **fixed): # a row that prunes
     settings = tuple(k for k in ('blocks','fuse','temperature') if k not in fixed)
     return Method(title, colour, prune_vit, Prune, settings=settings, fixed=fixed)
 
+def _left_alone(model): # which a reduced model would not be
+    if reducers_of(model, needed=False):
+        raise ValueError("This model is reduced already, so it is not 'none': undo it by "
+                         "restore_vit(model) first.")
+    return model
+
 METHODS = dict(
     mean=_pruned('mean', '#56B4E9', indicator='mean'),
     variance=_pruned('variance', '#0072B2', indicator='variance'),
@@ -67,7 +74,7 @@ METHODS = dict(
                 settings=('keep_rate','blocks','indicator','lam')),
     dynamicvit=Method('DynamicViT', '#E69F00', dynamic_vit, Predict, settings=('blocks',),
                       training='attn_diversity.teachers:dynamic_losses', drawable=False),
-    none=Method('unpruned', '#000000', lambda model: model, knob=None, drawable=False))
+    none=Method('unpruned', '#000000', _left_alone, knob=None, drawable=False))
 
 def method_name(
     method # a name in `METHODS`, a `Method`, or a callable [B, H, N] -> [B, N] as indicator
@@ -137,9 +144,10 @@ def method_config(
 
 # %% ../nbs/07c_methods.ipynb #99f65b17
 def twin_of(
-    model:nn.Module # anything
+    model:nn.Module # any
 )->nn.Module: # a model of its own with the same tensors, which takes no memory
     "A copy that shares all weights"
+    check_model(model)
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 def match_flops(
@@ -151,8 +159,9 @@ def match_flops(
 )->dict: # the setting for `reduce_vit`: {'keep_rate': ...} or {'r': ...}
     "The keep rate, or r, whose GFLOPs come closest"
     row = find_method(method)
-    if row.knob is None: return {}
+    checked_number('gflops', gflops, 'what an image may cost is a number of GFLOPs')
     twin = row(twin_of(model), **kwargs).eval()
+    if row.knob is None: return {}
     records = trace_records(twin, example_images(twin, 1, img_size))
     n = next(iter(records.values())).n # patches of an image
     reducer = next(iter(reducers_of(twin).values()))
@@ -180,7 +189,7 @@ def match_flops(
 def _read(model, x, labelled): # what the head of a model reads [B, C], and what it says of it
     if hasattr(model, 'forward_head'): # timm
         features = model.forward_features(x)
-        logits = model.forward_head(features) if labelled else None
+        logits = model.forward_head(features) if labelled and model.num_classes else None
         return model.forward_head(features, pre_logits=True), logits
     out = model(x) # transformers, open_clip
     if torch.is_tensor(out): return out, out
@@ -189,8 +198,24 @@ def _read(model, x, labelled): # what the head of a model reads [B, C], and what
     return (out[0][:,0] if pooled is None else pooled), None
 
 def _split(batch): # (images, labels or None), as plain tensors, of what a loader gives
-    x,y = (*batch, None)[:2] if isinstance(batch, (tuple,list)) else (batch,None)
-    return x.as_subclass(Tensor), None if y is None else y.as_subclass(Tensor)
+    x,y = (*batch, None, None)[:2] if isinstance(batch, (tuple,list)) else (batch,None)
+    check_images(x)
+    if y is None: return x.as_subclass(Tensor), None
+    if not torch.is_tensor(y) or y.shape!=x.shape[:1]:
+        given = list(y.shape) if torch.is_tensor(y) else f'a {type(y).__name__}'
+        raise ValueError(f"labels: {given} for {len(x)} images: give a tensor of one each, "
+                         f"[{len(x)}].")
+    return x.as_subclass(Tensor), y.as_subclass(Tensor)
+
+def _check_normalised(model, x): # a loader gives 0...1 until it knows what the model wants
+    says = [getattr(model, k, None) or {} for k in ('recipe','pretrained_cfg')]
+    mean,std = (says[0].get(k) or says[1].get(k) for k in ('mean','std'))
+    if not mean or not any(mean) or x.min()<0 or x.max()>1: return
+    raise ValueError("The images lie in 0...1, so nobody has normalised them, and the model "
+                     f"takes them with mean {list(mean)} and deviation {list(std)}. Take the "
+                     "dls of a Learner, or add it: dls.add_tfms([Normalize.from_stats(mean, std)], "
+                     "'after_batch'). (A model that does take 0...1 says so by model.recipe = "
+                     "dict(mean=[0.]*3, std=[1.]*3).)")
 
 @torch.inference_mode()
 def image_quality(
@@ -198,15 +223,15 @@ def image_quality(
     batches # of images [B, 3, H, W] as the models take them, or of (images, labels [B])
 )->pd.DataFrame: # a row a model and image: model, image, similarity; with labels right
     "How near each image's features are to the unpruned model's, and if its label is found"
-    if not isinstance(models, dict) or not models:
-        raise ValueError("models: give a dict {name: model}, the unpruned model first.")
-    if batches is None or torch.is_tensor(batches):
+    check_models(models)
+    if torch.is_tensor(batches) or not isinstance(batches, Iterable):
         raise ValueError("batches: give several, of images or of (images, labels): [x].")
     base = next(iter(models))
     device = next(models[base].parameters()).device
     cos,right = {n: [] for n in models},{n: [] for n in models}
     for x,y in map(_split, batches):
         x,want = x.to(device),None
+        _check_normalised(models[base], x)
         for n,m in models.items():
             with evaluating(m): token,logits = _read(m, x, y is not None)
             if token.dim()!=2:
@@ -217,8 +242,14 @@ def image_quality(
             token = token.float()
             want = token if want is None else want
             cos[n] += torch.cosine_similarity(token, want).tolist()
-            if y is not None: right[n] += (logits.argmax(1)==y.to(device)).tolist()
+            if y is None: continue
+            if logits is None:
+                raise ValueError(f"{n!r} has no classifier, so no label can be right: give "
+                                 "images without labels, or a model with classes.")
+            right[n] += (logits.argmax(1)==y.to(device)).tolist()
     if not cos[base]: raise ValueError("batches is empty: give at least one batch of images.")
+    if len(right[base]) not in (0, len(cos[base])):
+        raise ValueError("Some of the batches have labels: give them for all images, or for none.")
     tables = [pd.DataFrame({'model': [n]*len(c), 'image': range(len(c)), 'similarity': c,
                             **({'right': right[n]} if right[n] else {})})
               for n,c in cos.items()]
@@ -230,6 +261,7 @@ def quality(
 )->pd.DataFrame: # a row a model: similarity, standard error, images; with labels accuracy
     "What is left of pruned models: similarity to the unpruned one and, with labels, accuracy"
     each = models if isinstance(models, pd.DataFrame) else image_quality(models, batches)
+    check_table(each, ['model','similarity'], 'image_quality')
     by = each.groupby('model', sort=False)
     table = by.similarity.agg(similarity='mean', error='sem', images='size').reset_index()
     if 'right' in each: table['accuracy'] = by.right.mean().to_numpy()
@@ -245,6 +277,9 @@ def paired_difference(
         raise ValueError("Two or more pairs of numbers are needed, not shapes "
                          f"{list(a.shape)} and {list(b.shape)}.")
     d = a-b
+    if not np.isfinite(d).all():
+        raise ValueError(f"{(~np.isfinite(d)).sum()} of {len(d)} pairs have no finite difference: "
+                         "leave them out.")
     return d.mean(), stats.t.ppf(.975, len(d)-1)*d.std(ddof=1)/len(d)**.5
 
 # %% ../nbs/07c_methods.ipynb #80e9f343
@@ -257,7 +292,7 @@ def _named(methods): # {name: method}; of two with one name the second gets a nu
     return named
 
 def compare(
-    methods, # names in `METHODS`, indicators, or a dict of models that are made already
+    methods, # one or several of the names in `METHODS` and indicators, or a dict of models
     model:nn.Module, # the unpruned ViT; left as it is
     gflops:float=None, # what all are to cost; default as variance at keep rate 0.7
     batches=None, # images, or (images, labels), for similarity and accuracy
@@ -266,10 +301,14 @@ def compare(
     **kwargs # for `throughput`: seconds, amp, channels_last, compile
 )->pd.DataFrame: # a row a method: setting, GFLOPs, speed, and similarity or accuracy
     "Methods at equal cost on one model, against the model itself"
-    if not methods:
-        raise ValueError("methods is empty: name at least one, such as ['variance','tome'].")
+    check_model(model)
+    methods = listed('methods', methods)
     models,settings = {'unpruned': model},{}
-    if isinstance(methods, dict): models.update(methods)
+    if isinstance(methods, dict):
+        if 'unpruned' in methods:
+            raise ValueError("methods: 'unpruned' is the name of the model that all are compared "
+                             "with. Give yours another.")
+        models.update(methods)
     else:
         if gflops is None:
             gflops = float(count_flops(reduce_vit(twin_of(model), keep_rate=.7), img_size))

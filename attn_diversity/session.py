@@ -10,15 +10,14 @@ import io
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 import matplotlib, numpy as np, torch
 from matplotlib.cbook import get_sample_data
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
 from torch import nn
 from .attention import hear
-from .data import open_picture
+from .data import eye_of, photograph, seen_by
 from .families import find_vit
 from .fusion import get_temperature
 from .indicators import attention_medad, attention_variance, INDICATORS, median
@@ -26,7 +25,7 @@ from .measure import count_flops, flop_count
 from .methods import method_config, twin_of
 from .pruning import Prune, prune_vit
 from .reduce import reducers_of, restore_vit
-from .vis import fade, patch_layout, patch_mask, pixel_mask
+from .vis import denormalise, fade, patch_layout, patch_mask, pixel_mask
 
 # %% ../nbs/11c_session.ipynb #7bff4ad3
 EXAMPLES = dict( # by scikit-learn, scikit-learn and matplotlib
@@ -34,24 +33,16 @@ EXAMPLES = dict( # by scikit-learn, scikit-learn and matplotlib
     portrait=lambda: np.asarray(Image.open(get_sample_data('grace_hopper.jpg'))))
 if find_spec('skimage'): EXAMPLES = dict(cat=lambda: import_module('skimage.data').chelsea(), **EXAMPLES)
 
-def _opened(source): # a PIL image
-    if isinstance(source, Image.Image): return source
-    data = isinstance(source, (bytes, memoryview))
-    return open_picture(source if data else Path(source).expanduser())
-
 def open_photo(
     source # a name in `EXAMPLES`, a path, the bytes of an image file, or a PIL image
 )->Image.Image: # RGB, upright
     "A photograph, or an error that says in one sentence why it is none"
     if isinstance(source, str) and source in EXAMPLES: return Image.fromarray(EXAMPLES[source]())
-    named = 'The upload' if isinstance(source, (bytes, memoryview)) else str(source)
-    try: return ImageOps.exif_transpose(_opened(source)).convert('RGB')
+    try: return photograph(source, 'The upload' if isinstance(source, (bytes, memoryview)) else None)
     except FileNotFoundError:
-        raise ValueError(f"{named} is not there. Give the path of an image file, as the computer that runs this "
+        raise ValueError(f"{source} is not there. Give the path of an image file, as the computer that runs this "
                          f"notebook sees it, or one of {', '.join(EXAMPLES)}.") from None
-    except Exception as e:
-        raise ValueError(f"{named} cannot be read as an image ({type(e).__name__}). "
-                         "Give a JPEG, PNG or WebP file.") from None
+    except TypeError as e: raise ValueError(str(e)) from None
 
 # %% ../nbs/11c_session.ipynb #a690d3a1
 class _Step(nn.Module): # what a block does in one forward, as a module, so that it can be counted while it runs
@@ -93,20 +84,15 @@ class Session:
         self.costs,self.rest,self.steps = {},0.,{}
         self.whole = float(count_flops(self._prune(**dict(self.start, keep_rate=1.))))
         p = next(self.model.parameters())
-        self.x = torch.zeros(1, 3, *self.size, device=p.device, dtype=p.dtype)
+        self.x = torch.zeros(1, self.channels, *self.size, device=p.device, dtype=p.dtype)
         blank = self.step(**dict(self.start, keep_rate=1.))
         self.heads,self.rest = len(blank.stages[0].rows),self.whole-blank.gflops # `rest`: what pruning leaves as it is
 
     def _about(self, model): # what has to be known about it
-        embed,made = getattr(model, 'patch_embed', None),getattr(model, 'recipe', {})
-        cfg,self.vit = getattr(model, 'pretrained_cfg', None) or {},find_vit(self.model)
-        self.size = tuple(getattr(embed, 'img_size', None) or cfg.get('input_size', (3,224,224))[1:])
+        eye,made,self.vit = eye_of(model),getattr(model, 'recipe', None) or {},find_vit(self.model)
+        self.size,self.channels,self.mean,self.std = (eye[k] for k in ('img_size','channels','mean','std'))
         self.grid,self.patch_size,self.stride = patch_layout(model, self.size)
         self.n,self.n_prefix,self.classes = self.grid[0]*self.grid[1],self.vit.facts.n_prefix,made.get('classes')
-        usual = dict(mean=(.485,.456,.406), std=(.229,.224,.225))
-        self.mean,self.std = (made.get(k) or cfg.get(k) or v for k,v in usual.items())
-        channels = next(m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d))
-        if channels!=3: raise ValueError(f"This model takes images of {channels} channels; photographs have 3.")
 
     def _prune(self, **settings):
         if self.pruned: restore_vit(self.model)
@@ -121,13 +107,11 @@ class Session:
 
     @torch.no_grad()
     def load(self,
-        photo # a PIL image
+        photo # as for `open_photo`
     ): # the session itself
-        "Cut a photograph to the model's shape, and keep what the blocks that know nothing of pruning make of it"
-        photo,p = ImageOps.fit(photo, self.size[::-1], Image.Resampling.BICUBIC),self.x
-        self.image,first = np.asarray(photo)/255,self.vit.blocks[self.blocks[0]]
-        x = (torch.tensor(np.asarray(photo))/255 - torch.tensor(self.mean))/torch.tensor(self.std)
-        self.x,self.steps,known = x.permute(2,0,1)[None].to(p.device, p.dtype),{},[]
+        "Look at a photograph as the model does, and keep what the blocks that know nothing of pruning make of it"
+        self.x,self.steps,known = seen_by(self.model, open_photo(photo)),{},[]
+        self.image,first = denormalise(self.x, self.mean, self.std)[0],self.vit.blocks[self.blocks[0]]
         before = self.vit.blocks[:self.blocks[0]]
         for b in before: b.__dict__.pop('forward', None) # of another photograph
         hook = first.register_forward_pre_hook(lambda block, args: known.append(args[0]))

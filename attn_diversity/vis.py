@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['patch_mask', 'fade', 'pixel_mask', 'nearest_patch', 'merge_colours', 'PatchLayout', 'patch_layout', 'denormalise',
-           'to_images', 'picture_axes', 'fit_title', 'describe', 'show_stages', 'show_methods', 'plot_tradeoff']
+           'to_images', 'images_for', 'picture_axes', 'fit_title', 'describe', 'show_stages', 'show_methods',
+           'plot_tradeoff']
 
 # %% ../nbs/11_vis.ipynb #eb69c7a1
-import matplotlib.pyplot as plt, numpy as np, timm, torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from itertools import cycle
 from typing import NamedTuple
-from timm.layers import to_2tuple
 from torch import Tensor, nn
-from .measure import count_flops
+from .bench import check_table, listed
+from .data import eye_of, seen_by
+from .measure import checked_number, checked_size, count_flops
 from .methods import find_method, match_flops, method_config, METHODS, reduce_vit, twin_of
 from .pruning import prune_vit
-from .reduce import block_ids, reducers_of, trace_records
+from .reduce import block_ids, check_images, reducers_of, trace_records
 
 # %% ../nbs/11_vis.ipynb #71307a07
 def patch_mask(
@@ -23,22 +25,37 @@ def patch_mask(
     grid:tuple # rows and columns of patches
 )->Tensor: # [rows, columns], bool
     "Where on the grid the patches are; fusion tokens are nowhere"
+    ids = torch.as_tensor(ids)
+    if len(ids) and int(ids.max())>=grid[0]*grid[1]:
+        raise ValueError(f"ids: there is no patch {int(ids.max())} on a grid of "
+                         f"{grid[0]} x {grid[1]}.")
     lit = torch.zeros(grid[0]*grid[1], dtype=torch.bool, device=ids.device)
     lit[ids[ids>=0]] = True
     return lit.reshape(grid)
+
+def _pixels(image): # as an array, checked
+    image = np.asarray(image)
+    if image.ndim==3 and image.shape[2]==3: return image
+    raise ValueError(f"image has shape {list(image.shape)}: a picture [H, W, 3] is needed; of a "
+                     "tensor [3, H, W] it is image.permute(1, 2, 0).")
 
 def fade(
     image, # [H, W, 3] in 0...1
     mask # True where the image stays: pixels [H, W], or a coarser grid, which is enlarged
 )->np.ndarray: # [H, W, 3] in 0...1
     "The image with all outside the mask faded to a light grey, unlike both black and white"
-    image,mask = np.asarray(image),torch.as_tensor(mask)
+    image,mask = _pixels(image),torch.as_tensor(mask)
     big = nn.functional.interpolate(mask[None,None].float(), size=image.shape[:2],
                                     mode='nearest')
     big = big[0,0,...,None].numpy()
     return image*big + (.65+.1*image)*(1-big)
 
 # %% ../nbs/11_vis.ipynb #5591c3df
+def _sizes(img_size, patch_size, stride): # height and width each, checked
+    given = dict(img_size=img_size, patch_size=patch_size,
+                 stride=patch_size if stride is None else stride)
+    return [checked_size(name, value) for name,value in given.items()]
+
 def pixel_mask(
     mask:Tensor, # patches that are left [rows, columns], bool, as from `patch_mask`
     img_size, # H, W in pixels; one number for a square
@@ -46,8 +63,8 @@ def pixel_mask(
     stride=None # from one patch to the next, in pixels; default the patch size
 )->Tensor: # [H, W], bool
     "Which pixels are covered by a patch that is left"
-    stride = patch_size if stride is None else stride
-    size,patch,stride = (to_2tuple(v) for v in (img_size, patch_size, stride))
+    size,patch,stride = _sizes(img_size, patch_size, stride)
+    mask = torch.as_tensor(mask)
     for h,p,t,n in zip(size, patch, stride, mask.shape): # timm can pad images to whole patches
         if n!=(h-p)//t+1 and (t<p or n!=-(-h//p)):
             raise ValueError(
@@ -70,8 +87,7 @@ def nearest_patch(
     stride=None # from one patch to the next, in pixels; default the patch size
 )->np.ndarray: # [H, W]: ids of patches; -1 where no patch covers the pixel
     "The patch whose centre is nearest, for each pixel"
-    stride = patch_size if stride is None else stride
-    size,patch,stride = (to_2tuple(v) for v in (img_size, patch_size, stride))
+    size,patch,stride = _sizes(img_size, patch_size, stride)
     def place(h, n, p, t):
         at = np.arange(h)
         return np.where(at<(n-1)*t+p, np.floor((at+.5-(p-t)/2)/t).clip(0, n-1).astype(int), -1)
@@ -84,7 +100,7 @@ def merge_colours(
     cells:np.ndarray # the patch of each pixel, as `nearest_patch` gives it
 )->np.ndarray: # [H, W, 3] in 0...1
     "Each token in the mean colour of its patches, outlined; what no patch covers is faded"
-    image,h,w = np.asarray(image),*np.shape(image)[:2]
+    image,h,w = _pixels(image),*np.shape(image)[:2]
     by_row,by_column = (np.arange(a)*b//a for a,b in zip((h,w), cells.shape))
     cells = cells[by_row][:,by_column] # to the size of the image
     groups = np.append(np.asarray(groups), -1)[cells] # -1: no patch, no group
@@ -106,7 +122,7 @@ class PatchLayout(NamedTuple):
 
 def patch_layout(
     model:nn.Module, # a ViT of timm's
-    img_size:tuple # H, W in pixels
+    img_size # H, W in pixels; one number for a square
 )->PatchLayout: # for images of that size
     "Ask a model where its patches are"
     embed = getattr(model, 'patch_embed', None)
@@ -114,7 +130,7 @@ def patch_layout(
         raise TypeError("Nobody knows where on an image the patches of this "
                         f"{type(model).__name__} are: pictures need a ViT of timm's with "
                         "a patch_embed. (trace and trace_patches work with any.)")
-    grid = tuple(embed.dynamic_feat_size(tuple(img_size)))
+    grid = tuple(embed.dynamic_feat_size(checked_size('img_size', img_size)))
     if hasattr(embed, 'backbone'): # a CNN, which has seen more than that
         return PatchLayout(grid, *(embed.feat_ratio(False),)*2)
     return PatchLayout(grid, embed.patch_size, embed.proj.stride)
@@ -127,23 +143,31 @@ def denormalise(
 )->np.ndarray: # [B, H, W, 3] in 0...1
     "Undo the normalisation, to show images"
     mean,std = (torch.as_tensor(v, dtype=torch.float32).reshape(-1,1,1) for v in (mean, std))
-    return (torch.as_tensor(x).detach().cpu().float()*std + mean).clamp(0, 1).permute(0,2,3,1).numpy()
+    x = (torch.as_tensor(x).detach().cpu().float()*std + mean).clamp(0, 1)
+    return (x.expand(-1,3,-1,-1) if x.shape[1]==1 else x).permute(0,2,3,1).numpy() # grey ones, too
 
 def to_images(
-    model:nn.Module, # whose `pretrained_cfg` has the normalisation
+    model:nn.Module, # whose `eye_of` has the normalisation
     x:Tensor, # images [B, 3, H, W] as it takes them
     images=None # what to draw instead, [B, H, W, 3] in 0...1
 ): # [B, H, W, 3] in 0...1
     "What to draw for images, checked"
-    if x.dim()!=4:
-        raise ValueError(f"x has shape {list(x.shape)}: images [B, 3, H, W] are needed; x[None] makes a batch of one.")
-    cfg,data = getattr(model, 'pretrained_cfg', {}) or {},timm.data
+    check_images(x)
     if images is None:
-        return denormalise(x, cfg.get('mean', data.IMAGENET_DEFAULT_MEAN), cfg.get('std', data.IMAGENET_DEFAULT_STD))
-    if len(images)!=len(x):
-        raise ValueError(f"{len(images)} images to draw for {len(x)} that the model gets: give one each, "
+        eye = eye_of(model)
+        return denormalise(x, eye['mean'], eye['std'])
+    n = len(images) if hasattr(images, '__len__') else 'No'
+    if n!=len(x):
+        raise ValueError(f"{n} images to draw for {len(x)} that the model gets: give one each, "
                          "or leave images out.")
     return images
+
+def images_for(
+    model:nn.Module, # a ViT
+    x # images [B, 3, H, W] as it takes them, or pictures as `seen_by` does
+)->Tensor: # [B, 3, H, W]
+    "What the model looks at"
+    return x if torch.is_tensor(x) else seen_by(model, x)
 
 def picture_axes(
     axs, # axes to draw on, or None for new ones
@@ -152,6 +176,8 @@ def picture_axes(
     size:float # side of a picture, in inches
 )->np.ndarray: # of axes [rows, columns]
     "Axes for pictures, new or checked"
+    if not rows*cols: raise ValueError("There is nothing to draw: x has no images.")
+    checked_number('size', size, 'the side of a picture is a number of inches, from 0.1 to 50', lambda v: .1<=v<=50)
     if axs is None: _,axs = plt.subplots(rows, cols, figsize=(size*cols, (size+.25)*rows), squeeze=False)
     axs = np.asarray(axs)
     if axs.size!=rows*cols:
@@ -207,7 +233,7 @@ def _drawn(axs): # the figure, ready
 
 def show_stages(
     model, # a ViT that prunes, merges (ToMe, fold) or decides (DynamicViT); or several, in a list or a dict by name
-    x:Tensor, # images [B, 3, H, W] as it takes them
+    x, # images [B, 3, H, W] as it takes them, or paths, bytes, PIL images for `seen_by`
     images=None, # what to draw instead, [B, H, W, 3] in 0...1
     titles=None, # one an image
     size:float=2.2, # side of a picture, in inches
@@ -219,7 +245,10 @@ def show_stages(
     named = dict(enumerate(models)) if not isinstance(models, dict) else models
     names = [describe(m) for m in named.values()] if named is not models else list(models)
     several,rows = len(named)>1,[]
-    for m in named.values():
+    seen = [images_for(m, x) for m in named.values()]
+    if titles is not None and len(titles)!=len(seen[0]):
+        raise ValueError(f"{len(titles)} titles for {len(seen[0])} images: give one each.")
+    for m,x in zip(named.values(), seen):
         shown = to_images(m, x, images)
         merges,left = _left(m, x, shown)
         if merges: left = {i: left[i] for i in block_ids(m) if i in left} or left
@@ -254,9 +283,9 @@ def _left_at_last(model, method, rate, x, shown): # (captions, pictures) after t
 
 def show_methods(
     model:nn.Module, # a timm ViT as timm made it; left as it is
-    x:Tensor, # images [B, 3, H, W] as it takes them
-    methods=('variance','medad','evit','tome'), # names in `METHODS`, or callables [B, H, N] -> [B, N] as indicators
-    keep_rates=(.7,.5,.3), # each one number for all stages; ToMe's r is the one that costs the same as variance
+    x, # images [B, 3, H, W] as it takes them, or paths, bytes, PIL images for `seen_by`
+    methods=('variance','medad','evit','tome'), # names in `METHODS` or callables [B, H, N] -> [B, N], one or several
+    keep_rates=(.7,.5,.3), # one or several, each for all stages; ToMe's r is the one that costs the same as variance
     images=None, # what to draw instead, [B, H, W, 3] in 0...1
     size:float=2., # side of a picture, in inches
     axs=None # axes [B * keep rates, methods + 1] to draw on
@@ -265,7 +294,9 @@ def show_methods(
     if reducers_of(model, needed=False):
         raise ValueError(f"This model is made cheaper already ({describe(model)}): give the model as timm made it, "
                          "or draw this one with show_stages.")
+    methods,keep_rates = listed('methods', methods),listed('keep_rates', keep_rates)
     for m in methods: _drawable(m)
+    x = images_for(model, x)
     shown = to_images(model, x, images)
     drawn = {rate: [_left_at_last(model, m, rate, x, shown) for m in methods] for rate in keep_rates}
     axs = picture_axes(axs, len(x)*len(keep_rates), 1+len(methods), size)
@@ -295,9 +326,8 @@ def plot_tradeoff(
     ax=None # to draw on
 )->plt.Figure: # two standard errors to each side, where they are known
     "What a saving costs: one column against another, a line a method"
+    check_table(table, [c for c in (x, y, by, error) if c is not None], 'compare')
     if error is None and y=='similarity' and 'error' in table: error = 'error'
-    if lost := [c for c in (x, y, by, error) if c is not None and c not in table]:
-        raise ValueError(f"The table has no column {lost[0]!r}, only {', '.join(map(str, table.columns))}.")
     if not table[[x,y]].notna().all(axis=1).any(): raise ValueError(f"No row of the table has both {x} and {y}.")
     if ax is None: _,ax = plt.subplots(figsize=(5.5,3.6))
     groups = {'': table} if by is None else dict(list(table.groupby(by, sort=False)))

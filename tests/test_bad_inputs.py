@@ -1,11 +1,12 @@
 "What is wrong is said in a sentence: each row of bad_inputs.csv is a call or a command, and words of the sentence."
-import collections, importlib, json, os, shlex, signal, subprocess, sys
+import collections, functools, importlib, json, os, shlex, signal
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, timm, torch
 from fastai.data.all import DataLoaders
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import VisionTransformer
+from attn_diversity.__main__ import main
 from attn_diversity.methods import reduce_vit
 
 ROWS = pd.read_csv(Path(__file__).with_name('bad_inputs.csv'), keep_default_na=False)
@@ -101,14 +102,14 @@ def of_call(call, says, space): # (kind, what was said)
     return 'silent', repr(got)[:200]
 
 def of_command(call, says, space):
-    program,*args = shlex.split(call.format(**{k: space[k] for k in ('tmp','photos','sweeps')}))
-    try:
-        p = subprocess.run([Path(sys.executable).with_name(program), *args], capture_output=True, text=True,
-                           timeout=3*SECONDS, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    except subprocess.TimeoutExpired: return 'hang', ''
-    said = p.stderr.strip()
-    if not p.returncode: return 'silent', said
-    return ('sentence' if says in said and 'Traceback' not in said else 'traceback'), said
+    words = shlex.split(call.format(**{k: space[k] for k in ('tmp','photos','sweeps')}))
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try: main(words)
+    except Hang: return 'hang', ''
+    except SystemExit as e: return ('sentence' if says in str(e.code) else 'traceback'), str(e.code)
+    finally: signal.alarm(0)
+    return 'silent', ''
 
 def test_bad_inputs_are_answered_in_a_sentence(space, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -131,15 +132,17 @@ def test_a_full_disk_is_told_in_a_sentence(space, tmp_path, monkeypatch, capsys)
     small = dict(archs='vit_tiny_patch16_224', keep_rates='.5', indicators='mean', batch_sizes='1', img_sizes='32',
                  seconds=0., device='cpu', overwrite=True)
     sweep_of(tmp_path/'report')
+    how = 'vit_tiny_patch16_224',.5,'mean',1,32
+    timed = functools.cache(lambda: space['benchmark'](*how, device='cpu', seconds=0))
+    monkeypatch.setattr('attn_diversity.commands.benchmark', lambda *args, **kw: timed()) # once for all files
     for name,files,kw in (('report', ('table-2.html','table-2.csv','table-2.png'), {}),
                           ('bench', ('bench.csv','bench.json','bench.png'), small)):
-        command = space['report_command' if name=='report' else name]
-        monkeypatch.setattr(sys, 'argv', [f'attn_diversity_{name}']) # as if typed in a shell
+        words = [w for k,v in kw.items() for w in ((f'--{k}',) if v is True else (f'--{k}', str(v)))]
         for file in files:
             (tmp_path/name).mkdir(exist_ok=True)
             (tmp_path/name/file).unlink(missing_ok=True)
             (tmp_path/name/file).symlink_to('/dev/full')
-            with pytest.raises(SystemExit) as e: command(out=tmp_path/name, **kw)
+            with pytest.raises(SystemExit) as e: main([f'attn_diversity_{name}', '--out', str(tmp_path/name), *words])
             assert str(e.value).startswith(f'attn_diversity_{name}: ') and 'No space left on device' in str(e.value)
             assert 'Make room' in str(e.value)
             (tmp_path/name/file).unlink()
@@ -150,8 +153,7 @@ def test_what_nobody_foresaw_is_one_line(space, monkeypatch):
     def fault(*args): raise KeyError('lost')
     monkeypatch.setattr('attn_diversity.commands.report', fault)
     with pytest.raises(KeyError): space['report_command']()
-    monkeypatch.setattr(sys, 'argv', ['attn_diversity_report'])
-    with pytest.raises(SystemExit) as e: space['report_command']()
+    with pytest.raises(SystemExit) as e: main(['attn_diversity_report'])
     said = str(e.value)
     assert "KeyError: 'lost'" in said and 'test_bad_inputs.py, line' in said and 'please report it' in said
     assert len(said.splitlines())==1
