@@ -6,7 +6,7 @@
 __all__ = ['ShardDL', 'join_processes', 'many_processes']
 
 # %% ../nbs/10b_distributed.ipynb #7a6d36ea
-import math
+import atexit, math
 from contextlib import contextmanager
 import torch
 from accelerate import PartialState
@@ -60,7 +60,10 @@ class ShardDL(DistributedDL):
 # %% ../nbs/10b_distributed.ipynb #e2aaedcf
 def join_processes():
     "Take this process's place among those that Accelerate or torchrun started, and its GPU; call it first of all"
-    if num_distrib()>1: PartialState(cpu=not torch.cuda.is_available())
+    if num_distrib()>1:
+        state = PartialState(cpu=not torch.cuda.is_available())
+        # its threads must not outlive Python: that can abort the process, and torchrun says it failed
+        atexit.register(state.destroy_process_group)
 
 class _Processes(DistributedTrainer):
     "Data-parallel training by fastai and Accelerate with one process's batches and metrics"

@@ -251,7 +251,7 @@ _CARD = """---
 # {name}
 
 A vision transformer that computes with fewer and fewer patches, made with
-[attn_diversity](https://github.com/attn-diversity/attn_diversity).
+<https://github.com/attn-diversity/attn_diversity>.
 
 | | |
 |---|---|
