@@ -79,12 +79,13 @@ def digits(folder, side):
 def train(out, rehearse):
     "A training that is stopped after a while, as a queue would stop it, and goes on"
     device,arch,sizes,batch,_ = setting(rehearse)
-    size,epochs,after = (32,2,25) if rehearse else (64,20,40)
+    size,epochs,after = (32,6,16) if rehearse else (64,20,40)
     command = [sys.executable, '-m', 'attn_diversity', 'train', digits(out/'digits', size), '--arch', arch, '--scratch',
                '--img_size', size, '--epochs', epochs, '--batch_size', 32 if rehearse else batch, '--ema', .99,
-               '--amp', 'bfloat16', '--n_workers', 2, '--lr', 3e-4, '--out', out/'run']
+               '--amp', 'none' if rehearse else 'bfloat16', '--n_workers', 2, '--lr', 3e-4, '--out', out/'run']
     first = subprocess.Popen(list(map(str, command)))
-    try: first.wait(after)
+    try:
+        if first.wait(after): sys.exit('The training failed before it was stopped.')
     except subprocess.TimeoutExpired:
         first.send_signal(signal.SIGTERM)
         print(f'stopped after {after} s: exit {first.wait(60)}', flush=True)
