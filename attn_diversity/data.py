@@ -390,12 +390,12 @@ def eye_of(
     size = tuple(to_2tuple(made.get('img_size') or own))
     strict = getattr(getattr(model, 'patch_embed', None), 'strict_img_size', False)
     if size!=tuple(own) and strict and not getattr(model, 'dynamic_img_size', False):
-        raise ValueError(f"The model was trained on images of {size[0]} x {size[1]} pixels, as "
-                         f"its recipe says, and takes {own[0]} x {own[1]}: call its "
+        raise ValueError(f"The model was trained on images of {size[0]} x {size[1]} pixels, "
+                         f"as its recipe says, and takes {own[0]} x {own[1]}: call its "
                          f"set_input_size({size}), or set model.recipe['img_size'].")
     if channels not in (1,3):
-        raise ValueError(f"The model takes images of {channels} channels; pictures have 3, or 1 "
-                         "in grey.")
+        raise ValueError(f"The model takes images of {channels} channels; pictures have 3, "
+                         "or 1 in grey.")
     eye = resolve_data_config(dict(input_size=(channels,*size)), pretrained_cfg=cfg)
     for k in ('mean','std'):
         v = list(made.get(k) or eye[k])

@@ -25,7 +25,7 @@ from .overlap import overlap_patches
 # %% ../nbs/13b_evidence.ipynb #4105a9eb
 def probe_runs(
     model:nn.Module, # a ViT as its maker made it; left as it is
-    keep_rates=(.9,.7,.5,.3), # of variance, in (0, 1]; what it costs there is what all may cost
+    keep_rates=(.9,.7,.5,.3), # of variance, in (0, 1]; all may cost what it costs there
     methods=('variance','mean','medad','random','evit','tome','fold'), # names in `METHODS`
     stride:int=None # of overlapping patches, in pixels; default none overlap
 )->pd.DataFrame: # a row a run: run, method, keep_rate, price in GFLOPs, stride, fuse
@@ -103,8 +103,8 @@ def _pictures(folder): # files and their classes, by the folder's name
     labels = [f.parent.name for f in files]
     few = [c for c,n in pd.Series(labels, dtype=object).value_counts().items() if n<5]
     if not files or len(set(labels))<2 or few:
-        raise ValueError(f"{folder}: a probe needs two classes or more, a folder each, with five "
-                         f"pictures or more; there are {len(files)} in {len(set(labels))}"
+        raise ValueError(f"{folder}: a probe needs two classes or more, a folder each, with "
+                         f"five pictures or more; there are {len(files)} in {len(set(labels))}"
                          + (f", too few in {name_some(few)}." if few else "."))
     return files,labels
 
@@ -125,7 +125,8 @@ def probe(
     about = dict(data=data, photographs=len(files), classes=len(set(labels)), model=name,
                  dtype=str(amp or next(model.parameters()).dtype).removeprefix('torch.'),
                  device=device_name(next(model.parameters()).device), seed=seed,
-                 torch=torch.__version__, timm=version('timm'), scikit_learn=version('scikit-learn'),
+                 torch=torch.__version__, timm=version('timm'),
+                 scikit_learn=version('scikit-learn'),
                  attn_diversity=version('attn_diversity'), python=platform.python_version())
     rows,rights,whole = [],{},None
     for run in progress_bar(runs.to_dict('records')):
@@ -152,4 +153,5 @@ def read_right(
 )->dict: # {(run, question): [n] bool}
     "Which photographs each run told"
     found = pd.read_csv(path, dtype=str)
-    return {tuple(r.rsplit(', ', 1)): np.array(list(b))=='1' for r,b in zip(found.run, found.right)}
+    return {tuple(r.rsplit(', ', 1)): np.array(list(b))=='1'
+            for r,b in zip(found.run, found.right)}

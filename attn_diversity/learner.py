@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'decay_groups', 'body_and_head', 'ViTAdamW', 'CosineSchedu
            'load_vit']
 
 # %% ../nbs/10_learner.ipynb #6e093fee
-import functools, inspect, json, math, os, pkgutil, platform, re, stat, subprocess, sys, warnings
+import functools, inspect, json, math, os, pkgutil, platform, re, stat, subprocess, sys, threading, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -357,17 +357,22 @@ def find_recipe(
     return RECIPES[recipe]
 
 # %% ../nbs/10_learner.ipynb #c406cc60
-# a timm model; without a network the error says what to do
+_HUB = threading.Lock() # the switch is the process's, so one thread at a time has it
+
 @contextmanager
-def _hub_or_cache(): # of a hub that does not answer only the cache is asked: it would try for a minute
-    was = constants.HF_HUB_OFFLINE
-    try:
-        if not was: get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as e: # whatever its client raises without a network
-        print(f'{constants.ENDPOINT} does not answer ({type(e).__name__}): its cache is asked.')
-        constants.HF_HUB_OFFLINE = True
-    try: yield
-    finally: constants.HF_HUB_OFFLINE = was
+def _hub_or_cache(): # where the hub does not answer, its cache at once, not after a minute
+    with _HUB:
+        was = constants.HF_HUB_OFFLINE
+        try:
+            if not was: get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception as e: # whatever its client raises without a network
+            print(f'{constants.ENDPOINT} does not answer ({type(e).__name__}): '
+                  'its cache is asked.')
+            constants.HF_HUB_OFFLINE = True
+        try: yield
+        finally: constants.HF_HUB_OFFLINE = was
+
+# a timm model; without a network the error says what to do
 
 def _create(arch, n_classes, img_size, pretrained, **kw):
     if not timm.is_model(arch):

@@ -213,9 +213,9 @@ def _check_normalised(model, x): # a loader gives 0...1 until it knows what the 
     if not mean or not any(mean) or x.min()<0 or x.max()>1: return
     raise ValueError("The images lie in 0...1, so nobody has normalised them, and the model "
                      f"takes them with mean {list(mean)} and deviation {list(std)}. Take the "
-                     "dls of a Learner, or add it: dls.add_tfms([Normalize.from_stats(mean, std)], "
-                     "'after_batch'). (A model that does take 0...1 says so by model.recipe = "
-                     "dict(mean=[0.]*3, std=[1.]*3).)")
+                     "dls of a Learner, or add it: dls.add_tfms([Normalize.from_stats("
+                     "mean, std)], 'after_batch'). (A model that does take 0...1 says "
+                     "so by model.recipe = dict(mean=[0.]*3, std=[1.]*3).)")
 
 @torch.inference_mode()
 def image_quality(
@@ -249,7 +249,8 @@ def image_quality(
             right[n] += (logits.argmax(1)==y.to(device)).tolist()
     if not cos[base]: raise ValueError("batches is empty: give at least one batch of images.")
     if len(right[base]) not in (0, len(cos[base])):
-        raise ValueError("Some of the batches have labels: give them for all images, or for none.")
+        raise ValueError("Some of the batches have labels: give them for all images, "
+                         "or for none.")
     tables = [pd.DataFrame({'model': [n]*len(c), 'image': range(len(c)), 'similarity': c,
                             **({'right': right[n]} if right[n] else {})})
               for n,c in cos.items()]
@@ -278,8 +279,8 @@ def paired_difference(
                          f"{list(a.shape)} and {list(b.shape)}.")
     d = a-b
     if not np.isfinite(d).all():
-        raise ValueError(f"{(~np.isfinite(d)).sum()} of {len(d)} pairs have no finite difference: "
-                         "leave them out.")
+        raise ValueError(f"{(~np.isfinite(d)).sum()} of {len(d)} pairs have no finite "
+                         "difference: leave them out.")
     return d.mean(), stats.t.ppf(.975, len(d)-1)*d.std(ddof=1)/len(d)**.5
 
 # %% ../nbs/07c_methods.ipynb #80e9f343
@@ -306,8 +307,8 @@ def compare(
     models,settings = {'unpruned': model},{}
     if isinstance(methods, dict):
         if 'unpruned' in methods:
-            raise ValueError("methods: 'unpruned' is the name of the model that all are compared "
-                             "with. Give yours another.")
+            raise ValueError("methods: 'unpruned' is the name of the model that all are "
+                             "compared with. Give yours another.")
         models.update(methods)
     else:
         if gflops is None:

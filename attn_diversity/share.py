@@ -167,14 +167,15 @@ def export_vit(
             try: _SAVERS[kind](net, images[:2].clone(), aside, made)
             except Exception as e: # whatever an exporter raises
                 raise ValueError(f"{path.name}: this model cannot be exported. Is an "
-                                 "indicator of your own made of anything but tensor operations? "
-                                 f"({type(e).__name__}: {str(e)[:300]})") from e
+                                 "indicator of your own made of anything but tensor "
+                                 f"operations? ({type(e).__name__}: {str(e)[:300]})") from e
             off,same = _differences(want, _answers(load_exported(aside), images))
         if kind!='int8' and not off.median()<1e-3:
             raise ValueError(f"{path.name}, exported, does not answer as PyTorch does: for "
-                             f"half of {len(images)} pictures a logit is off by {off.median():.1e} "
-                             "of the largest or more. Nothing was written. (What draws random "
-                             "numbers, such as the method 'random', cannot be compared.)")
+                             f"half of {len(images)} pictures a logit is off by "
+                             f"{off.median():.1e} of the largest or more. "
+                             "Nothing was written. (What draws random numbers, such as the "
+                             "method 'random', cannot be compared.)")
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
     print(f"{path.name}: {path.stat().st_size/1e6:.1f} MB. {len(images)} pictures, in batches "
@@ -277,11 +278,12 @@ def model_card(
     model = model or load_vit(folder)
     made,repo_id = _shared(model.recipe),repo_id or folder.absolute().name
     name,told,task = repo_id.rpartition('/')[2],_told_besides(made),'image-classification'
-    usual = dict(library_name='attn_diversity', model_name=name, pipeline_tag=task,
-                 tags=['timm','vision-transformer','token-reduction',made['pruning']['method']])
+    tags = ['timm','vision-transformer','token-reduction',made['pruning']['method']]
+    usual = dict(library_name='attn_diversity', model_name=name, pipeline_tag=task, tags=tags)
     if 'accuracy' in told: # else the hub has no table of results
-        usual['eval_results'] = [EvalResult(task, 'imagefolder', told.get('data', 'not stated'),
-                                            'accuracy', round(float(told['accuracy']), 4))]
+        data_name,accuracy = told.get('data', 'not stated'),round(float(told['accuracy']), 4)
+        usual['eval_results'] = [EvalResult(task, 'imagefolder', data_name,
+                                            'accuracy', accuracy)]
     data = ModelCardData(**{**usual, **data})
     rows = [f"| {k} | {v.replace('|', '/')} |" for k,v in _rows(made, model).items()]
     return ModelCard(_CARD.format(data=data.to_yaml(), name=name, rows='\n'.join(rows),
@@ -310,7 +312,7 @@ def _hub(repo_id, doing): # errors as sentences
                               f"network? ({type(e).__name__}: {''.join(why)[:200]})") from e
 
 def push_vit(
-    folder, # that `save_vit` or `attn_diversity_train` wrote; its README.md is the card, if any
+    folder, # that `save_vit` or `attn_diversity_train` wrote; its README.md is the card
     repo_id:str, # 'user/name'; made if needed
     private:bool=False, # whether only you may see it, if it is made
     token:str=None, # default the one of `hf auth login`, or of HF_TOKEN

@@ -36,8 +36,8 @@ def patch_mask(
 def _pixels(image): # as an array, checked
     image = np.asarray(image)
     if image.ndim==3 and image.shape[2]==3: return image
-    raise ValueError(f"image has shape {list(image.shape)}: a picture [H, W, 3] is needed; of a "
-                     "tensor [3, H, W] it is image.permute(1, 2, 0).")
+    raise ValueError(f"image has shape {list(image.shape)}: a picture [H, W, 3] is needed; "
+                     "of a tensor [3, H, W] it is image.permute(1, 2, 0).")
 
 def fade(
     image, # [H, W, 3] in 0...1

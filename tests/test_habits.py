@@ -372,3 +372,19 @@ def test_class_weights(dls, mix):
     for loss in (CrossEntropyLossFlat(weight=weight), torch.nn.CrossEntropyLoss(weight=weight)):
         learn = fits(learner(dls, loss_func=loss, mix=mix, metrics=accuracy))
         assert learn.loss_func is loss
+
+def test_hub_that_does_not_answer(dls, monkeypatch, capsys):
+    "Its cache is asked at once, the switch is put back, in the error's case too, and the error says what to do"
+    from huggingface_hub import constants
+    seen = []
+    def no_network(): raise OSError('no route')
+    def create(*args, **kwargs):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError('nothing in the cache')
+    monkeypatch.setattr('attn_diversity.learner.get_session', no_network)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(timm, 'create_model', create)
+    with pytest.raises(RuntimeError, match="checkpoint='weights.safetensors'"):
+        prune_learner(dls, 'vit_tiny_patch16_224')
+    assert seen==[True] and constants.HF_HUB_OFFLINE is False
+    assert 'does not answer (OSError): its cache is asked' in capsys.readouterr().out
