@@ -11,8 +11,8 @@ from nbdev.config import get_config
 from nbdev.test import test_nb
 
 root = Path(__file__).resolve().parent.parent
-slowest = ('07c_methods','compatibility','09_callbacks','13_experiments','10_learner','reproduce_the_tables',
-           '07_measure','03_pruning','10c_resume','11b_anatomy') # come first; a name that is gone does no harm
+slowest = ('13_methods','compatibility','19_callbacks','30_experiments','22_learner','reproduce_the_tables',
+           '11_measure','06_pruning','29_resume','16_anatomy') # come first; a name that is gone does no harm
 
 def run(f, skipped):
     "Exits with 0 if every cell ran; else the traceback names the cell"
