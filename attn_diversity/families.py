@@ -39,16 +39,16 @@ def _several_mlps(b, x): return x + torch.stack([mlp(x) for mlp in b.ffns]).sum(
 
 def whole_block(
     b:nn.Module, # a block
-    x:torch.Tensor, # tokens [B, N, C]
+    x:torch.Tensor, # tokens [B, T, C]
     **kw # what the model hands it
-)->torch.Tensor: # [B, N, C]
+)->torch.Tensor: # [B, T, C]
     "A first half that is the block itself: tokens leave behind it"
     return maker_of(b).forward(b, x, **kw)
 
 def nothing(
     b:nn.Module, # a block
-    x:torch.Tensor # tokens [B, N, C]
-)->torch.Tensor: # the same [B, N, C]
+    x:torch.Tensor # tokens [B, T, C]
+)->torch.Tensor: # the same [B, T, C]
     "The second half that belongs to `whole_block`"
     return x
 

@@ -35,7 +35,7 @@ class Reducer(nn.Module):
         x:Tensor, # tokens, with the attention added [B, prefix + n, C]
         record:Record, # what travelled here with them
         heard:list, # what met in the attention
-        mask:Tensor # the user's mask for these tokens, or None [B, 1 or H, 1 or N, N]
+        mask:Tensor # the user's mask for these tokens, or None [B, 1 or H, 1 or T, T]
     )->Reduction: # of the n tokens behind the prefix
         "Which tokens stay, and what becomes of the others"
         raise NotImplementedError
@@ -162,14 +162,14 @@ def _blank(maker): # for pickle, to which a class made on the way is unknown
 
 def masked_attention(
     keep:Tensor, # 1 kept, 0 dropped, for the last n tokens [B, n]; those before are kept
-    q:Tensor, # queries [B, H, N, D]
-    k:Tensor, # keys [B, H, N, D]
-    v:Tensor, # values [B, H, N, D]
-    mask:Tensor=None, # bool (`True` = visible) or added, broadcastable to [B, H, N, N]
+    q:Tensor, # queries [B, H, T, D]
+    k:Tensor, # keys [B, H, T, D]
+    v:Tensor, # values [B, H, T, D]
+    mask:Tensor=None, # bool (`True` = visible) or added, broadcastable to [B, H, T, T]
     dropout:float=0., # of the attention
     causal:bool=False, # not used
     scale:float=None # default 1/sqrt(D)
-)->Tensor: # [B, H, N, D]
+)->Tensor: # [B, H, T, D]
     "Attention where nobody but itself sees a dropped token (DynamicViT's eqs. 10 and 11)"
     a = (q*(q.shape[-1]**-.5 if scale is None else scale)) @ k.transpose(-2, -1)
     n,low = a.shape[-1],torch.finfo(a.dtype).min/2

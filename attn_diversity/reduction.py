@@ -94,17 +94,17 @@ class Reduction(NamedTuple):
 
 # %% ../nbs/03_reduction.ipynb #de880427
 def added_mask(
-    mask:Tensor, # bool (`True` = visible) or added, broadcastable to [B, H, N, N]
+    mask:Tensor, # bool (`True` = visible) or added, broadcastable to [B, H, T, T]
     dtype=torch.float32 # of a bool mask's numbers
-)->Tensor: # added, [1 or B, 1 or H, 1 or N, N]
+)->Tensor: # added, [1 or B, 1 or H, 1 or T, T]
     "A mask of any kind as numbers that are added before the softmax, with four dimensions"
     if mask.dtype==torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
     return mask.reshape((1,)*(4-mask.dim()) + mask.shape)
 
 def narrow_mask(
-    mask:Tensor, # added, [1 or B, 1 or H, 1 or N, N]
-    reduction:Reduction, # of the N - n_prefix tokens behind the prefix
+    mask:Tensor, # added, [1 or B, 1 or H, 1 or T, T]
+    reduction:Reduction, # of the T - n_prefix tokens behind the prefix
     n_prefix:int # tokens in front
 )->Tensor: # [B, 1 or H, 1 or M, M]
     "An attention mask for the tokens that are left"
@@ -156,7 +156,7 @@ class Record(NamedTuple):
         return t
 
     def mask(self,
-        given:Tensor # bool or added, broadcastable to [B, H, N, N], for all patches
+        given:Tensor # bool or added, broadcastable to [B, H, T, T], for all patches
     )->Tensor: # added, [B, 1 or H, 1 or M, M]
         "An attention mask for the tokens that are left"
         if not self.reductions: return added_mask(given)
