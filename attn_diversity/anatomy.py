@@ -18,7 +18,7 @@ from .methods import METHODS, twin_of
 from .pruning import checked_rate, indicator_name, kept_count, Prune, trace_patches
 from .reduce import check_images, insert_reducers, ReducedBlock, reducers_of, restore_vit, trace_records
 from .reduction import Reduction
-from .vis import (describe, fade, fit_title, patch_layout, patch_mask, picture_axes, pixel_mask,
+from .vis import (describe, fade, fit_titles, patch_layout, patch_mask, picture_axes, pixel_mask,
                                 to_images)
 
 # %% ../nbs/16_anatomy.ipynb #a77e6821
@@ -127,17 +127,16 @@ def show_heads(
     patches = rows[:,ids>=0] # a fusion token is not drawn, and does not set the scale either
     for i,(ax,row) in enumerate(zip(axs, rows)):
         _draw_map(ax, image, on_grid(row, ids, grid), layout, hw, patches.max().item(), .5)
-        fit_title(ax, f'head {i}: up to {patches[i].max():.3f}')
+        ax.set_title(f'head {i}: up to {patches[i].max():.3f}')
     axs[H].imshow(image)
-    fit_title(axs[H], f'block {block}: {patches.shape[1]} of {grid[0]*grid[1]} patches')
+    axs[H].set_title(f'block {block}: {patches.shape[1]} of {grid[0]*grid[1]} patches')
     for ax,(name,f) in zip(axs[H+1:], _SHOWN.items()):
         scores = f(rows[None])[0]
         most = scores[ids>=0].max().item()
         _draw_map(ax, image, on_grid(scores, ids, grid), layout, hw, most, .5)
-        fit_title(ax, f'{name}: up to {most:.1e}')
+        ax.set_title(f'{name}: up to {most:.1e}')
     for ax in axs: ax.axis('off')
-    axs[0].figure.tight_layout()
-    return axs[0].figure
+    return fit_titles(axs)
 
 # %% ../nbs/16_anatomy.ipynb #38a29979
 def _patch_id(patch, grid): # an id, or row and column -> an id, checked
@@ -196,7 +195,7 @@ def _draw_opinions(values, spread, a): # what each head gives the patch [H], and
     for ax in (values, spread):
         ax.set_xticks(heads)
         ax.set_xlabel('head', fontsize=8)
-        ax.set_ylim(0, 1.5*max(p.get_height() for p in ax.patches)) # room for the legend
+        ax.set_ylim(0, 1.9*max(p.get_height() for p in ax.patches)) # room for the legend
 
 def _draw_rank(ax, name, scores, place, k, decides): # whether the token at `place` is one of the k that stay
     rank = int((scores>scores[place]).sum())+1
@@ -293,16 +292,14 @@ def show_fusion(
     for n,(row,i,v) in enumerate(zip(axs, ids, w)):
         mask = patch_mask(left[n], layout.grid).cpu()
         row[0].imshow(shown[n])
-        fit_title(row[0], describe(model) if n==0 else '')
+        row[0].set_title(describe(model) if n==0 else '')
         row[1].imshow(fade(shown[n], pixel_mask(mask, hw, layout.patch_size, layout.stride)))
-        fit_title(row[1], f'after block {block}: {mask.sum()} of {mask.numel()}')
+        row[1].set_title(f'after block {block}: {mask.sum()} of {mask.numel()}')
         most = v[i>=0].max().item() if (i>=0).any() else 1
         _draw_map(row[2], shown[n], on_grid(v, i, layout.grid), layout, hw, most)
         half,sums = int((v.cumsum(0)<v.sum()/2).sum())+1,f', sum {v.sum():.2g}' if abs(v.sum()-1)>1e-3 else ''
         about = f'weights up to {v.max():.2g}{sums}'
         if (i<0).any(): about = f'from the last fusion token {v[i<0].sum()/v.sum():.0%}'
-        fit_title(row[2], f'half the weight on {half} of {len(v)}\n{about}')
+        row[2].set_title(f'half the weight on {half} of {len(v)}\n{about}')
         for ax in row: ax.axis('off')
-    fig = axs.flat[0].figure
-    fig.tight_layout()
-    return fig
+    return fit_titles(axs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['patch_mask', 'fade', 'pixel_mask', 'nearest_patch', 'merge_colours', 'PatchLayout', 'patch_layout', 'denormalise',
-           'to_images', 'images_for', 'picture_axes', 'fit_title', 'describe', 'show_stages', 'show_methods',
-           'plot_tradeoff']
+           'to_images', 'images_for', 'picture_axes', 'fit_titles', 'describe', 'show_stages', 'find_drawable',
+           'show_methods', 'plot_tradeoff']
 
 # %% ../nbs/15_vis.ipynb #eb69c7a1
 import matplotlib.pyplot as plt, numpy as np, torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .bench import check_table, listed
 from .data import eye_of, seen_by
 from .measure import checked_number, checked_size, count_flops
-from .methods import find_method, match_flops, method_config, METHODS, reduce_vit, twin_of
+from .methods import find_method, match_flops, Method, method_config, METHODS, reduce_vit, twin_of
 from .pruning import prune_vit
 from .reduce import block_ids, check_images, reducers_of, trace_records
 
@@ -185,15 +185,19 @@ def picture_axes(
                          f"plt.subplots({rows}, {cols}).")
     return axs.reshape(rows, cols)
 
-def fit_title(
-    ax, # of matplotlib
-    text:str, # one line or several
-    most:float=9 # font size
-):
-    "A title that is no wider than its picture, nearly"
-    inches = ax.get_window_extent().width/ax.figure.dpi
-    longest = max(map(len, [*text.split('\n'), ' ']))
-    ax.set_title(text, fontsize=min(most, 72*(inches+.1)/(.56*longest)))
+def fit_titles(
+    axs, # of one figure
+    most:float=10 # font size
+)->plt.Figure: # laid out
+    "One font size for all titles, in which none is much wider than its picture"
+    axs = list(np.ravel(axs))
+    fig = axs[0].figure
+    fig.tight_layout()
+    for ax in axs: # what fits: DejaVu's letters are about .56 of their size wide
+        longest = max(map(len, [*ax.get_title().split('\n'), ' ']))
+        most = min(most, 72*(ax.get_window_extent().width/fig.dpi+.1)/(.56*longest))
+    for ax in axs: ax.title.set_fontsize(most)
+    return fig
 
 def describe(
     model:nn.Module # a reduced ViT
@@ -227,9 +231,7 @@ def _left(model, x, images): # (whether it merges, {block that reduces: (caption
 
 def _drawn(axs): # the figure, ready
     for ax in axs.flat: ax.axis('off')
-    fig = axs.flat[0].figure
-    fig.tight_layout()
-    return fig
+    return fit_titles(axs)
 
 def show_stages(
     model, # a ViT that prunes, merges (ToMe, fold) or decides (DynamicViT); or several, in a list or a dict by name
@@ -259,14 +261,17 @@ def show_stages(
         if titles is not None: name = f'{titles[b]}: {name}' if several else str(titles[b])
         elif not several and n: name = ''
         row[0].imshow(shown[b])
-        fit_title(row[0], name)
+        row[0].set_title(name)
         for ax,(block,(captions,pictures)) in zip(row[1:], left.items()):
             ax.imshow(pictures[b])
-            fit_title(ax, f'after block {block}: {captions[b]}')
+            ax.set_title(f'after block {block}: {captions[b]}')
     return _drawn(axs)
 
 # %% ../nbs/15_vis.ipynb #82c1b94e
-def _drawable(method): # its row in METHODS, or an error that says why there is nothing to see
+def find_drawable(
+    method # a name in `METHODS`, or a callable [B, H, N] -> [B, N] as indicator
+)->Method: # its row
+    "A method by its name, or an error that says why there is nothing to see off the shelf"
     row = find_method(method)
     if row.drawable: return row
     raise ValueError(f"{method!r} cannot be drawn off the shelf" +
@@ -295,7 +300,7 @@ def show_methods(
         raise ValueError(f"This model is made cheaper already ({describe(model)}): give the model as timm made it, "
                          "or draw this one with show_stages.")
     methods,keep_rates = listed('methods', methods),listed('keep_rates', keep_rates)
-    for m in methods: _drawable(m)
+    for m in methods: find_drawable(m)
     x = images_for(model, x)
     shown = to_images(model, x, images)
     drawn = {rate: [_left_at_last(model, m, rate, x, shown) for m in methods] for rate in keep_rates}
@@ -303,10 +308,10 @@ def show_methods(
     for n,row in enumerate(axs):
         b,rate = n//len(keep_rates),keep_rates[n%len(keep_rates)]
         row[0].imshow(shown[b])
-        fit_title(row[0], f'keep rate {rate:g}')
+        row[0].set_title(f'keep rate {rate:g}')
         for ax,(captions,pictures) in zip(row[1:], drawn[rate]):
             ax.imshow(pictures[b])
-            fit_title(ax, captions[b])
+            ax.set_title(captions[b])
     return _drawn(axs)
 
 # %% ../nbs/15_vis.ipynb #6298739f

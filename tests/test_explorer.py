@@ -56,7 +56,7 @@ class Page:
         try: self.process.wait(10)
         except subprocess.TimeoutExpired: self.process.kill()
 
-def wait(f, what, seconds=40):
+def wait(f, what, seconds=90):
     end = time.time()+seconds
     while time.time()<end:
         try:
@@ -115,16 +115,26 @@ def page(tmp_path):
     yield lab.page
     lab.close()
 
-def test_the_explorer_answers_mouse_and_keyboard(page):
-    text = lambda: page.js("document.querySelector('.ad-explorer')?.innerText") or ''
-    pictures = lambda: page.js(
+def text(page): return page.js("document.querySelector('.ad-explorer')?.innerText") or ''
+
+def pictures(page): # a number for each
+    return page.js(
         "Promise.all([...document.querySelectorAll('.ad-explorer img')].map(async i => { "
         "const b = new Uint8Array(await (await fetch(i.src)).arrayBuffer()); let h = 0; "
         "for (const v of b) h = (h*31+v)|0; return h }))")
-    wait(lambda: 'GFLOPs' in text(), 'the panel appears')
-    assert page.js("document.querySelectorAll('.ad-grid button').length")==36 and len(pictures())==2
-    assert 'keep_rate=0.7' in text() and 'pruned:' in text() and 'Traceback' not in page.js("document.body.innerText")
-    number = lambda pattern: re.search(pattern, text()).group(1)
+
+def choose(page, name): # in whichever list has it
+    assert page.js(f"(()=>{{for (const e of document.querySelectorAll('.ad-explorer select')) {{ "
+                   f"const o=[...e.options].find(o=>o.text.replace(/\\u00a0/g,' ')==={name!r}); if (!o) continue; "
+                   "e.value=o.value; e.dispatchEvent(new Event('change',{bubbles:true})); return true}})()"), name
+
+def test_the_explorer_answers_mouse_and_keyboard(page):
+    said = lambda: text(page)
+    wait(lambda: 'GFLOPs' in said(), 'the panel appears')
+    assert page.js("document.querySelectorAll('.ad-grid button').length")==36 and len(pictures(page))==2
+    assert 'keep_rate=0.7' in said() and 'unpruned:' in said() and 'Traceback' not in page.js("document.body.innerText")
+    assert page.js("document.querySelectorAll('[data-mime-type$=stderr]').length")==0 # no red lines
+    number = lambda pattern: re.search(pattern, said()).group(1)
 
     # the buttons lie on the patches of the picture
     x,y,w,h = page.box('.ad-explorer img')
@@ -132,35 +142,63 @@ def test_the_explorer_answers_mouse_and_keyboard(page):
     assert abs(bx-bw/2-(x-w/2))<2 and abs(by-bh/2-(y-h/2))<2 and abs(6*bw-w)<2 and abs(6*bh-h)<2
 
     # the keep rate by keyboard: fewer patches, fewer GFLOPs, another picture and another line of code
-    before,left,cost = pictures(),int(number(r'(\d+) of 36 patches')),float(number(r'([\d.]+) GFLOPs'))
+    before,left,cost = pictures(page),int(number(r'(\d+) of 36 patches')),float(number(r'([\d.]+) GFLOPs'))
     page.js("document.querySelector('.ad-explorer .noUi-handle').focus()")
     for _ in range(4): page.key('ArrowLeft', 37)
-    wait(lambda: 'keep_rate=0.5,' in text(), 'the keep rate changes')
-    wait(lambda: pictures()[0]!=before[0], 'the picture changes')
+    wait(lambda: 'keep_rate=0.5)' in said(), 'the keep rate changes')
+    wait(lambda: pictures(page)[0]!=before[0], 'the picture changes')
     assert int(number(r'(\d+) of 36 patches'))<left and float(number(r'([\d.]+) GFLOPs'))<cost
 
-    # the indicator
-    before = pictures()
-    page.js("(()=>{const e=[...document.querySelectorAll('.ad-explorer select')].find("
-            "e=>[...e.options].some(o=>o.text==='medad')); "
-            "e.value=[...e.options].find(o=>o.text==='medad').value; "
-            "e.dispatchEvent(new Event('change',{bubbles:true}))})()")
-    wait(lambda: "indicator='medad'" in text(), 'the indicator changes')
-    wait(lambda: pictures()[1]!=before[1], 'the score map changes')
+    # the method
+    before = pictures(page)
+    choose(page, 'MedAD')
+    wait(lambda: "'medad'" in said(), 'the method changes')
+    wait(lambda: pictures(page)[1]!=before[1], 'the score map changes')
 
-    # a click on a patch: its reasons, and a frame in both pictures
-    before = pictures()
+    # a click on a patch: its reasons, counted from 0, and a frame in both pictures
+    before = pictures(page)
     page.click('.ad-grid button', 8)
-    wait(lambda: 'Patch 8 (row 2, column 3)' in text(), 'the reasons for patch 8')
-    assert re.search(r'(stays|goes).*rank \d+ of \d+', text())
-    wait(lambda: all(a!=b for a,b in zip(pictures(), before)), 'the frame moves')
+    wait(lambda: 'Patch 8 (row 1, column 2)' in said(), 'the reasons for patch 8')
+    assert re.search(r'(stays|goes).*rank \d+ of \d+', said()) and '\n0\t' in said()
+    wait(lambda: all(a!=b for a,b in zip(pictures(page), before)), 'the frame moves')
+
+    # groups, and beside them another method's patches
+    before = pictures(page)
+    choose(page, 'fold')
+    wait(lambda: re.search(r"'fold', r=\d+\) # as many tokens", said()), 'the method merges')
+    wait(lambda: re.search(r'Patch 8 .* (shares its token with|is a token of its own)', said()), 'where patch 8 is')
+    choose(page, 'MedAD, as many tokens')
+    wait(lambda: re.search(r'MedAD: \d+ of 36 patches after block 3', said()), 'another method beside it')
+    wait(lambda: all(a!=b for a,b in zip(pictures(page), before)), 'both pictures change')
+
+    # all heads at once, not stretched
+    choose(page, 'all heads')
+    wait(lambda: 'all heads in block 3' in said(), 'the heads')
+    wait(lambda: page.js("(e => Math.abs(e.clientWidth/e.clientHeight - e.naturalWidth/e.naturalHeight)<.03 && "
+                         "e.clientHeight<e.clientWidth/2)(document.querySelectorAll('.ad-explorer img')[1])"),
+         'their shape')
 
     # a wrong path is a message, and the panel lives on; the figure is a link
     page.click('.ad-explorer .widget-text input')
     page('Input.insertText', text='nowhere.jpg')
     page.key('Enter', 13)
-    wait(lambda: 'nowhere.jpg is not there' in text(), 'the message')
+    wait(lambda: 'nowhere.jpg is not there' in said(), 'the message')
     page.js("[...document.querySelectorAll('.ad-explorer button')].find(b=>b.innerText.includes('Figure')).click()")
     link = wait(lambda: page.js("document.querySelector('.ad-explorer a[download]')?.href"), 'the link')
     assert base64.b64decode(link.split(',')[1])[:8]==b'\x89PNG\r\n\x1a\n'
     assert 'Traceback' not in page.js("document.body.innerText")
+
+    # at any width sliders have a track, pictures fit, and what is said of a patch does not move them
+    choose(page, 'variance')
+    for width in (1400, 1000, 700, 500):
+        page('Emulation.setDeviceMetricsOverride', width=width, height=2000, deviceScaleFactor=1, mobile=False)
+        place = lambda: page.js("[...document.querySelectorAll('.ad-explorer img, .ad-explorer .noUi-target')].map("
+                                "e => (r => [r.x, r.y, r.width, r.height])(e.getBoundingClientRect()))")
+        time.sleep(.5) # JupyterLab lays out
+        places,panel = {},page.box('.ad-explorer')[2]
+        for i in (0, 14, 21, 35):
+            page.click('.ad-grid button', i)
+            wait(lambda: f'Patch {i} (' in said(), f'the reasons for patch {i}')
+            places[i] = place()
+        assert all(p==places[0] for p in places.values()), (width, places)
+        assert all(w>=100 if h<50 else w<=panel for _,_,w,h in places[0]), (width, panel, places[0])
