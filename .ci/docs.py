@@ -8,6 +8,14 @@ root = Path(__file__).resolve().parent.parent
 proc,docs = root/'_proc',root/'_docs'
 site_url = lambda: yaml.safe_load((proc/'nbdev.yml').read_text(encoding='utf-8'))['website']['site-url']+'/'
 
+not_found = """---
+title: This page is not here
+description: It may have had another name
+---
+
+The course begins at [its home page]({home}index.html), which lists every part of it. Or search: the box is at the top.
+"""
+
 def anchor(heading):
     "The id that Pandoc makes of a heading"
     return re.sub(r'^[^a-z]+', '', re.sub(r'[^\w.\- ]', '', heading.lower()).replace(' ', '-'))
@@ -33,8 +41,9 @@ def process():
     page = page.replace('{{< include ../CHANGELOG.md >}}', log)
     (proc/'changelog.qmd').write_text(page, encoding='utf-8')
     for f in list(proc.rglob('*')): # sources that have gone
-        ours = f.suffix in ('.ipynb','.qmd','.png') and '_docs' not in f.parts
+        ours = f.suffix in ('.ipynb','.qmd','.png','.webp','.svg','.js') and '_docs' not in f.parts
         if ours and not (root/'nbs'/f.relative_to(proc)).exists(): f.unlink()
+    (proc/'404.qmd').write_text(not_found.format(home=site_url()), encoding='utf-8')
     nbs = {f: json.loads(f.read_text(encoding='utf-8')) for f in proc.rglob('*.ipynb')}
     heads = lambda nb: (h for t,_ in texts(nb) for h in re.findall(r'^#+ (.+)$', t, flags=re.M))
     there = {page_name(nb, f): {anchor(h) for h in heads(nb)} for f,nb in nbs.items()}
@@ -43,6 +52,10 @@ def process():
         return m[0] if name in there.get(page, {name}) else m[1]
     link = r'\[(`[^`\n]+`)\]\(({}[^)\s]*)\)'.format(re.escape(site_url()))
     for f,nb in nbs.items():
+        for c in nb['cells']: # what only loads a model or photographs that few have is folded
+            code = ''.join(c['source'])
+            if c['cell_type']=='code' and not c.get('outputs') and '../shared/' in code and 'code-fold' not in code:
+                c['source'] = '#| code-fold: true\n#| code-summary: "Set up: the model and the photographs"\n'+code
         for t,put in texts(nb):
             parts = re.split(r'(^```.*?^```$)', t, flags=re.M|re.S)
             put(''.join(re.sub(link, r'\1', p) if p.startswith('```') else re.sub(link, plain, p) for p in parts))
@@ -67,7 +80,7 @@ def smalldocs():
     except ImportError as e:
         raise SystemExit('make docs wants Quarto (https://quarto.org) or smalldocs, which `make install` '
                          'brings for Python 3.11 and later.') from e
-    known = ('output-file is not read', 'format commonmark', 'format.html.grid') # only for Quarto
+    known = ('output-file is not read', 'format.html.grid') # only for Quarto
     for w in sd.build(proc, quiet=True).warnings:
         if not any(k in w for k in known): print('warning:', w, file=sys.stderr)
     load = lambda f: json.loads(f.read_text(encoding='utf-8'))

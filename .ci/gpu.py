@@ -108,7 +108,7 @@ def evidence(out, rehearse):
     else: model = example_vit(weights)
     runs = probe_runs(model, keep_rates=(.5,), methods=('variance','fold') if rehearse else ('variance','tome','fold'))
     table,_ = probe(model.eval().to(device), folder, out/'probe', runs)
-    print(table[['run','question','GFLOPs','accuracy','minus_unpruned','half_width']].round(2).to_string(index=False))
+    print(table[['run','question','GFLOPs','accuracy','lost','lost low','lost high']].round(2).to_string(index=False))
 
 def environment():
     "What it ran on"

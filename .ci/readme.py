@@ -8,6 +8,13 @@ from nbdev.serve import proc_nbs
 
 root = Path(__file__).resolve().parent.parent
 
+def prefer_markdown(nb):
+    "Some cells answer in HTML for the site, and in Markdown for here, where no style and no script runs"
+    for c in nb.cells:
+        for o in c.get('outputs', []):
+            if 'text/markdown' in o.get('data', {}): o.data.pop('text/html', None)
+    return nb
+
 def readme():
     "The README's text, and its pictures by file name"
     refresh_quarto_yml()
@@ -19,10 +26,8 @@ def readme():
         if c.cell_type!='code': continue
         c.source = '' if 'echo: false' in c.source else re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
     resources = dict(output_files_dir='index_files', unique_key='index')
-    text,found = MarkdownExporter().from_notebook_node(nb, resources=resources)
+    text,found = MarkdownExporter().from_notebook_node(prefer_markdown(nb), resources=resources)
     text = re.sub(r'```\w*\s*```\n', '', text) # the hidden code's
-    captions = iter(['What is left of two photographs after each stage','The explorer in JupyterLab'])
-    text = re.sub(r'!\[png\]', lambda m: f'![{next(captions)}]', text)
     text = f"# {front['title']}\n\n> {front['description']}\n\n{text.strip()}\n"
     return re.sub(r'\n\s*\n\s*\n+', '\n\n', text), found['outputs']
 

@@ -84,6 +84,13 @@ def test_every_file_of_the_lock_has_a_hash():
         assert re.search('==.*--hash=sha256:[0-9a-f]{64}', entry, flags=re.S), entry
     assert not re.search('https?://|file:', lock) # from PyPI, or a mirror of the reader's own
 
+def test_actions_are_named_by_a_hash():
+    "A tag can be moved to other code; the version stands beside"
+    used = [line for f in (root/'.github'/'workflows').glob('*.yaml') for line in f.read_text().splitlines()
+            if 'uses:' in line]
+    assert len(used)>5
+    for line in used: assert re.search(r'uses: [\w/.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$', line), line
+
 @pytest.mark.parametrize('text,free', [
     ('MIT',True), ('Apache-2.0 WITH LLVM-exception',True), ('BSD License; MIT License',True), ('MIT OR GPL-3.0',True),
     ('(MIT OR GPL-3.0) AND Zlib',True), ('MIT AND CC-BY-NC-4.0',False), ('CC-BY-NC-4.0',False), ('UNKNOWN',False),
