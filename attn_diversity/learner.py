@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'decay_groups', 'body_and_head', 'ViTAdamW', 'CosineSchedule', 'load_weights', 'Recipe', 'find_recipe',
-           'thin_vit', 'saved_run', 'chosen_method', 'asked_method', 'ViTLearner', 'prune_learner', 'save_vit',
-           'load_vit']
+           'thin_vit', 'saved_run', 'chosen_method', 'asked_method', 'ViTLearner', 'prune_learner', 'versions',
+           'save_vit', 'load_vit']
 
 # %% ../nbs/22_learner.ipynb #6e093fee
 import functools, inspect, json, math, os, pkgutil, platform, re, stat, subprocess, sys, threading, warnings
@@ -851,7 +851,8 @@ def _commit(): # of this library, where it is a checkout; else None
         return git('describe','--always','--dirty','--exclude=*','--abbrev=40')
     except (OSError, subprocess.SubprocessError): return None
 
-def _versions():
+def versions()->dict: # by name; the commit is None where there is no clone
+    "What a model or a result was made with"
     return dict(attn_diversity=attn_diversity.__version__, commit=_commit(),
                 python=platform.python_version(), torch=torch.__version__,
                 timm=timm.__version__, fastai=fastai.__version__)
@@ -866,7 +867,7 @@ def save_vit(
     folder.mkdir(parents=True, exist_ok=True)
     model = unwrap_model(learn.model)
     _check_finite(model.state_dict(), 'The model has')
-    made = dict(learn.recipe, pruning=method_config(model), info=info, versions=_versions())
+    made = dict(learn.recipe, pruning=method_config(model), info=info, versions=versions())
     text = json.dumps(made, indent=2)+'\n' # fails, if it must, before anything is written
     tensors = {k: v.contiguous() for k,v in model.state_dict().items()}
     _write_aside(folder/'model.safetensors', lambda f: safetensors.torch.save_file(tensors, f))

@@ -1,1 +1,22 @@
+"What all test files share"
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+# a file is one worker's, so those that take longest come first (Makefile: --no-loadscope-reorder)
+longest = ('test_site','test_training','test_families','test_properties','test_commands','test_habits')
+
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes, run by `make test-slow`')
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda i: longest.index(i.path.stem) if i.path.stem in longest else len(longest))
+
+def say(*args):
+    "A command in this process, which saves the seconds of another's imports"
+    from attn_diversity.__main__ import main
+    out,err,code = io.StringIO(),io.StringIO(),0
+    with redirect_stdout(out), redirect_stderr(err):
+        try: main([str(a) for a in args])
+        except SystemExit as e: code = e.code
+    said = f'{code}\n' if isinstance(code, str) else ''
+    return SimpleNamespace(returncode=1 if said else code, stdout=out.getvalue(), stderr=err.getvalue()+said)

@@ -1,8 +1,9 @@
 """Every family of ViTs, every method: against the maker's model, against slow references that remove nothing,
 and what must be refused."""
-import copy, math, warnings
+import copy, json, math, re, warnings
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 import pytest, timm, torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from attn_diversity.attention import hear
 from attn_diversity.dynamicvit import decisions, dynamic_vit
 from attn_diversity.families import find_vit
 from attn_diversity.fold import fold_vit
+from attn_diversity.overlap import overlap_patches
 from attn_diversity.pruning import prune_vit
 from attn_diversity.reduce import one_each, ReducedBlock, restore_vit, set_rate, token_counts
 from attn_diversity.reduction import Record
@@ -86,9 +88,14 @@ def answer(model, x): # transformers' models give several things: these are the 
     out = model(x)
     return getattr(out, 'last_hidden_state', out)
 
+def overlaps(model, x): # whether patches can be made to
+    try: return overlap_patches(model, max(1, int(x.shape[-1]**.5)))(x).isfinite().all()
+    except (TypeError, ValueError, NotImplementedError): return False
+
 def test_every_timm_vit():
-    "At least 300 of timm's 310 are taken by all methods; rate 1, r 0 and the way back are the maker's to the bit"
-    taken,refused,seen = [],[],set()
+    """At least 300 of timm's 310 are taken by all methods; rate 1, r 0 and the way back are the maker's to the bit;
+    and what the page on compatibility says of them (it is made slowly, one by one) is so"""
+    taken,refused,seen = [],[],{} # seen: makes, and whether their patches can overlap
     for name in archs:
         _,drawn = sketch(name, num_classes=5)
         try: find_vit(drawn)
@@ -96,9 +103,9 @@ def test_every_timm_vit():
             assert 'Supported are' in str(e)
             refused.append(name)
             continue
-        taken.append(name)
-        if (made := make_of(drawn)) in seen: continue # another size of a model that was tried already
-        seen.add(made)
+        made = make_of(drawn)
+        taken.append(made)
+        if made in seen: continue # another size of a model that was tried already
         model,x = small(name, num_classes=5)
         with torch.inference_mode():
             want,keys,classes = model(x),list(model.state_dict()),[type(b) for b in model.blocks]
@@ -109,10 +116,19 @@ def test_every_timm_vit():
                 assert any(isinstance(b, ReducedBlock) for b in model.blocks)
                 out = set_rate(model, some)(x)
                 assert out.shape==want.shape and out.isfinite().all() and not torch.equal(out, want), name
+                if put is prune_vit:
+                    dense = model.forward_intermediates(x, intermediates_only=True)
+                    assert all(f.isfinite().all() and f.shape==dense[0].shape for f in dense), name
                 restore_vit(model)
                 assert torch.equal(model(x), want) and [type(b) for b in model.blocks]==classes, name
+            seen[made] = overlaps(model, x)
     assert len(archs)==310 and len(taken)>=300 and len(seen)>100, (len(taken), len(seen), refused)
     assert all('samvit' in n for n in refused), refused
+    page = json.loads((Path(__file__).parents[1]/'nbs'/'compatibility.ipynb').read_text())
+    said = re.search(r'of (\d+): prune (\d+), merge (\d+), DynamicViT (\d+), dense (\d+), overlap (\d+)',
+                     json.dumps(page))
+    n = len(taken)
+    assert [int(s) for s in said.groups()]==[len(archs), n, n, n, n, sum(bool(seen[m]) for m in taken)]
 
 # ---------------------------------------------------------------- slow references: all tokens stay
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from timm.models import VisionTransformer
 from attn_diversity.learner import load_vit, prune_learner
 from attn_diversity.resume import claimed, fit_saved, saved_checkpoints
+from conftest import say
 
 env = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
@@ -176,13 +177,16 @@ def pictures(tmp_path_factory):
             Image.fromarray(rng.integers(low, low+130, (40,40,3), dtype=np.uint8)).save(folder/name/f'{i}.png')
     return folder
 
+def words(pictures, out, *args):
+    small = ['--scratch','--arch','vit_tiny_patch16_224','--img_size','32','--batch_size','8','--n_workers','0']
+    return ['attn_diversity_train', pictures, *small, '--out', out, *map(str, args)]
+
 class Command:
     "`attn_diversity_train` in a process of its own; what it says goes to a file, as a pipe that nobody reads fills up"
     def __init__(self, pictures, out, *args):
-        small = ['--scratch','--arch','vit_tiny_patch16_224','--img_size','32','--batch_size','8','--n_workers','0']
         self.log = tempfile.TemporaryFile('w+')
-        self.p = subprocess.Popen([sys.executable, '-m', 'attn_diversity', 'train', pictures, *small, '--out', out,
-                                   *map(str, args)], env=env, stdout=self.log, stderr=subprocess.STDOUT)
+        self.p = subprocess.Popen([sys.executable, '-m', 'attn_diversity', 'train', *words(pictures, out, *args)[1:]],
+                                  env=env, stdout=self.log, stderr=subprocess.STDOUT)
     def said(self):
         self.p.wait(300)
         self.log.seek(0)
@@ -194,10 +198,9 @@ class Command:
             time.sleep(.05)
 
 def test_the_command_that_diverges_fails(tmp_path, pictures):
-    command = Command(pictures, tmp_path/'run', '--epochs', 2, '--lr', '1e3')
-    said = command.said()
-    assert command.p.returncode==1 and 'Traceback' not in said, said
-    assert 'Training diverged in epoch' in said and '--overwrite' in said
+    r = say(*words(pictures, tmp_path/'run', '--epochs', 2, '--lr', '1e3'))
+    assert r.returncode==1 and 'Traceback' not in r.stderr, r.stderr
+    assert 'Training diverged in epoch' in r.stderr and '--overwrite' in r.stderr
     assert not list((tmp_path/'run').glob('*.safetensors')) and not list((tmp_path/'run').glob('*.json'))
 
 def test_the_second_of_two_is_refused(tmp_path, pictures):
@@ -206,10 +209,9 @@ def test_the_second_of_two_is_refused(tmp_path, pictures):
     first = Command(pictures, out, '--epochs', 2000)
     try:
         first.until(done)
-        second = Command(pictures, out, '--epochs', 2000, '--resume')
-        said = second.said()
-        assert second.p.returncode==1 and 'Traceback' not in said, said
-        assert f'Another training is writing to {out}' in said
+        second = say(*words(pictures, out, '--epochs', 2000, '--resume'))
+        assert second.returncode==1 and 'Traceback' not in second.stderr, second.stderr
+        assert f'Another training is writing to {out}' in second.stderr
         now = done()
         first.until(lambda: done()>now) # undisturbed
     finally: first.p.kill()
