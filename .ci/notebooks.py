@@ -1,12 +1,14 @@
 """Run notebooks, each in a process of its own, forked from this one, where heavy packages are imported already (not
 fastai, which patches tensors): that saves four seconds of processor time a notebook. The slowest come first, so that
 none of them is waited for. A failing cell is named by its number; what a notebook took is printed."""
-import argparse, os, resource, sys, time
+import argparse, os, resource, socket, sys, time
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1') # threads do not survive a fork, and would be in each other's way
+try: socket.create_connection(('huggingface.co', 443), 5).close()
+except OSError: os.environ.setdefault('HF_HUB_OFFLINE', '1') # else who asks for weights tries for minutes, each time
 import matplotlib.pyplot, pandas, scipy.stats, sklearn.metrics, timm # noqa: F401 (here for the forks)
 import nbdev.test
 from execnb.shell import CaptureShell

@@ -11,11 +11,11 @@ SIDE,PX = 16,336 # patches a row, pixels of a picture
 grey,blue,orange = (190,190,190),(26,95,180),(194,65,12)
 moving = ('flower','astronaut') # the photographs of the moving picture
 
-figures = dict(idea=('00_attention',7), rivals=('08_tome',1), pays=('12_bench',1), eye=('15_vis',0),
+figures = dict(idea=('00_attention',7), rivals=('08_tome',7), pays=('12_bench',1), eye=('15_vis',0),
                train=('21_teachers',0), trained=('24_choose',0), engine=('29_resume',0))
 figures |= {f'tutorials/{n}': (f'tutorials/{n}',k) for n,k in dict(
     prune_your_own=0, photographs=1, imagenet100=0, reproduce_the_tables=0, compare=0, fold_taken_apart=0,
-    does_it_keep_the_object=1, invent_an_indicator=1, explain_and_segment=1).items()}
+    evidence=0, does_it_keep_the_object=1, invent_an_indicator=1, explain_and_segment=1).items()}
 chains = {'tutorials/life_of_a_model': ['photographs','train','choose','share'],
           'tutorials/export_and_serve': ['model','ONNX','server']}
 
@@ -97,7 +97,8 @@ def frames(photos, said, counts, background='white'): # the same as pictures, a 
 
 def figure(name, k): # the k-th picture of a notebook
     nb = json.loads((root/'nbs'/f'{name}.ipynb').read_text(encoding='utf-8'))
-    found = [o.get('data', {}).get('image/png') for c in nb['cells'] for o in c.get('outputs', [])]
+    shown = [o.get('data', {}) for c in nb['cells'] for o in c.get('outputs', [])]
+    found = [d.get('image/png') or d.get('image/jpeg') for d in shown]
     found = [f for f in found if f]
     return Image.open(io.BytesIO(base64.b64decode(''.join(found[k])))).convert('RGB')
 
