@@ -214,7 +214,7 @@ def fine_tune(
     make_dls, # seed -> DataLoaders; the photographs that are held out may depend on it
     out, # folder for results
     keep_rate:float=.5, # of variance, in (0, 1]; all may cost what it costs there
-    methods=('none','variance','mean','medad','evit','tome','fold','random'),
+    methods=('none','variance','mean','medad','evit','tome','fold','random'), # in `METHODS`
     seeds=(0,1,2), # of weights, order and data
     epochs:int=1, # of each training
     name:str='data', # of the data, for the files

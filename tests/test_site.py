@@ -333,10 +333,12 @@ def test_explorer_in_the_page(site, name):
     page.js("document.querySelectorAll('.pe-photos button')[1].focus()")
     page.key('Enter', 13)
     assert page.js("document.querySelector('.pe-photos [aria-pressed=true]').innerText").strip()=='pagoda'
-    click('.pe-play')
+    page.js("document.querySelector('.pe-play').focus()")
+    page.key('Enter', 13)
     assert page.js("document.querySelector('.pe-play').innerText")=='stop' and number('tome', 'tokens')==256
     wait(lambda: number('tome', 'tokens')<256, 'it plays')
-    click('.pe-play')
+    page.js("document.querySelector('.pe-play').focus()")
+    page.key('Enter', 13)
     unnamed = page.js("[...document.querySelectorAll('.patch-explorer :is(input, button, [tabindex])')].filter(e => "
                       "!(e.labels?.length || e.getAttribute('aria-label') || e.innerText.trim())).length")
     assert unnamed==0 and page.js("!!document.querySelector('.pe-why [aria-live=polite]')")
