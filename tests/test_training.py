@@ -11,7 +11,7 @@ torchrun = [tool('torchrun'), '--nproc_per_node','2']
 # without a GPU the processes talk by gloo
 accelerate = [tool('accelerate'), 'launch','--multi_gpu','--num_processes','2','--num_machines','1',
               '--mixed_precision','no','--dynamo_backend','no']
-small = ['digits','--arch','vit_tiny_patch16_224','--scratch','--img_size','32','--batch_size','32',
+small = ['digits','--arch','test_vit','--scratch','--img_size','32','--batch_size','32',
          '--lr','1e-3','--n_workers','0','--indicator','medad','--keep_rate','0.5']
 
 def start(*args):
