@@ -112,7 +112,8 @@ class Prune(Scored):
         if not self.fuse: return Reduction(order[:,:k])
         raw = self.fuse=='raw'
         others = (scores if raw else rank).gather(1, order[:,k:])
-        weights = fusion_weights(others, self.temperature, raw)
+        # without a gradient, which would be divided by a temperature of 1e-6 or so
+        weights = fusion_weights(others if raw else others.detach(), self.temperature, raw)
         return Reduction(order[:,:k], order[:,k:], gone_weights=weights)
 
 # %% ../nbs/06_pruning.ipynb #3755dbcc

@@ -6,16 +6,17 @@
 __all__ = ['table_text', 'predict_command', 'evaluate_command', 'choose_command', 'export_command', 'evidence_command']
 
 # %% ../nbs/32_trained.ipynb #4c91a7f3
-import json, re
+import json, math, re
 from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, torch
 from .choose import choose, plot_choice
 from .commands import as_number, four_digits, free_folder, save_figure, split_commas
 from .data import check_whole, folder_dls
-from .evidence import fine_tune, probe, probe_runs
+from .evidence import fine_tune, probe, probe_runs, probe_speed
 from .experiments import results_folder
 from .learner import load_vit, save_vit, saved_run, thin_vit
+from .measure import checked_number
 from .predict import at_rates, by_class, confusions, evaluate, plot_confusions, predict
 from .pruning import checked_rate
 from .share import compare_exports, export_vit, KINDS
@@ -149,14 +150,17 @@ def export_command(
     return table
 
 # %% ../nbs/32_trained.ipynb #e71d0a02
-def _evidence_of_frozen(photos, arch, checkpoint, rates, stride, img_size, out):
+def _evidence_of_frozen(photos, arch, checkpoint, rates, stride, img_size, seconds, out):
     if saved_run(checkpoint):
         raise ValueError(f"checkpoint={checkpoint!r} is a saved run: without epochs a ViT as its maker made it is "
                          "asked, so give a file of weights and its arch, or train it further (epochs=1).")
     arch = arch or 'deit_small_patch16_224'
     model = thin_vit(arch, 'none', {}, 0, img_size, checkpoint=checkpoint).eval()
     if torch.cuda.is_available(): model.cuda()
-    return probe(model, photos, out, probe_runs(model, rates or (.9,.7,.5,.3), stride=stride), name=arch)
+    runs = probe_runs(model, rates or (.9,.7,.5,.3), stride=stride)
+    found = probe(model, photos, out, runs, name=arch)
+    if seconds: probe_speed(model, runs, seconds=seconds).to_csv(out/'speed.csv', index=False)
+    return found
 
 def _evidence_of_trained(photos, out, rate, seeds, epochs, dls, **settings):
     settings = {k: v for k,v in settings.items() if v is not None}
@@ -176,11 +180,15 @@ def evidence_command(
     batch_size:int=32, # images a batch, in training
     lr:float=None, # learning rate of the training
     n_workers:int=None, # loader processes of the training; default one a core
+    seconds:float=0., # time each run of the frozen ViT that long, too, into speed.csv; 0: not at all
     out:str='attn_diversity_evidence' # folder for results; what is there is not done again
 ):
     "Measure what every method leaves of a ViT, photograph by photograph"
     check_whole(0, epochs=epochs)
     check_whole(1, seeds=seeds)
+    checked_number('seconds', seconds, 'how long to time each run is a finite number from 0 (not at all)',
+                   lambda v: 0<=v<math.inf)
+    if epochs and seconds: raise ValueError(f"seconds={seconds!r}: what is timed is a frozen ViT: leave out epochs.")
     rates,out = split_commas('keep_rates', keep_rates, as_number),results_folder(out)
     for k in rates or (): checked_rate(k)
     if epochs and len(rates or [0])>1:
@@ -190,7 +198,7 @@ def evidence_command(
         dls = dict(img_size=img_size, batch_size=batch_size, n_workers=n_workers)
         table,_ = _evidence_of_trained(photos, out, (rates or [.5])[0], seeds, epochs, dls, arch=arch,
                                        checkpoint=checkpoint, stride=stride, lr=lr)
-    else: table,_ = _evidence_of_frozen(photos, arch, checkpoint, rates, stride, img_size, out)
+    else: table,_ = _evidence_of_frozen(photos, arch, checkpoint, rates, stride, img_size, seconds, out)
     told = ['run','seed','question','GFLOPs','photographs','accuracy','lost','lost low','lost high']
     print(table_text(table[told]), end='')
     print(f'In {out}: a table, and which photographs each run told')
