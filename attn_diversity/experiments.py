@@ -436,8 +436,9 @@ def plot_report(
 def _caption(table, out, data): # of the report
     runs = set(table_runs(table).run)
     done = [_result(f.parent) for f in sorted(out.glob('*/result.json')) if f.parent.name in runs]
-    said = [f"{d['train_images']} training and {d['valid_images']} validation images, {d['epochs']} epochs; "
-            f"{d['device']}, torch {d['torch']}, timm {d['timm']}" for d in done]
+    said = [f"{d['train_images']} training and {d['valid_images']} validation images, "
+            f"{d['epochs']} epoch{'s' if d['epochs']>1 else ''}; {d['device']}, torch {d['torch']}, timm {d['timm']}"
+            for d in done]
     about = '; '.join(dict.fromkeys(said)) or 'no run is done yet'
     name = Path(str(_settings(out).get('data', ''))).name
     if data['minus unpruned','measured'].isna().all():

@@ -682,7 +682,9 @@ def _begin(arch, checkpoint, stride, kwargs):
     if isinstance(arch, str) and theirs and arch.split('.')[0]!=theirs.split('.')[0]:
         raise ValueError(f"{file} has the weights of {theirs}, and arch={arch!r} is another: leave "
                          "arch out, or take another checkpoint.")
-    if arch is None: kwargs,arch = {**made['arch_args'], **kwargs},theirs
+    # the same architecture, whether it is named again or not
+    if arch is None or isinstance(arch, str): kwargs = {**made['arch_args'], **kwargs}
+    arch = theirs if arch is None else arch
     return _Start(arch, file, made.get('stride') if stride is None else stride, kwargs, made)
 
 def _new_head(model, start): # the classes are others, even if there are as many
@@ -863,6 +865,9 @@ def save_vit(
     **info # anything for the JSON file, such as the accuracy
 )->Path: # the folder
     "Save a reduced ViT: weights as safetensors, and how it was made as JSON"
+    if not getattr(learn, 'recipe', None) or not hasattr(learn, 'model'):
+        raise TypeError(f"learn is a {type(learn).__name__} that does not say how its model "
+                        "was made: give the Learner that prune_learner(dls, model) makes.")
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     model = unwrap_model(learn.model)

@@ -322,7 +322,7 @@ def _images_a_second(seconds, batch_size, about):
 # %% ../nbs/11_measure.ipynb #47c1ac28
 def throughput(
     models, # a model of images [B, 3, H, W], or a dict of models that are timed in turn
-    batch_size:int=256, # images a batch; halved, with a note, as long as memory runs out
+    batch_size:int=256, # images a batch (on a CPU 8 will do); halved, with a note, as long as memory runs out
     img_size=None, # side of the images in pixels, or (height, width); default the model's own
     seconds:float=5., # how long to repeat, a model; three times at least
     amp:str=None, # autocast to 'bfloat16' or 'float16'
@@ -334,7 +334,7 @@ def throughput(
 
 def training_throughput(
     models, # a model of images [B, 3, H, W], or a dict of models that are timed in turn
-    batch_size:int=256, # images a batch; halved, with a note, as long as memory runs out
+    batch_size:int=256, # images a batch (on a CPU 8 will do); halved, with a note, as long as memory runs out
     img_size=None, # side of the images in pixels, or (height, width); default the model's own
     seconds:float=5., # how long to repeat, a model; three times at least
     amp:str=None, # autocast to 'bfloat16' or 'float16' (without loss scaling)
