@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'decay_groups', 'body_and_head', 'ViTAdamW', 'CosineSchedule', 'load_weights', 'Recipe', 'find_recipe',
-           'thin_vit', 'saved_run', 'chosen_method', 'asked_method', 'ViTLearner', 'prune_learner', 'versions',
-           'save_vit', 'load_vit']
+           'thin_vit', 'HalfPrecision', 'saved_run', 'chosen_method', 'asked_method', 'ViTLearner', 'prune_learner',
+           'versions', 'save_vit', 'load_vit']
 
 # %% ../nbs/22_learner.ipynb #6e093fee
-import functools, inspect, json, math, os, pkgutil, platform, re, stat, subprocess, sys, threading, warnings
+import functools, inspect, json, math, os, pkgutil, platform, re, stat, subprocess, sys, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,13 +27,13 @@ from fastai.optimizer import detuplify_pg, OptimWrapper, set_item_pg
 from fastai.torch_core import rank_distrib
 from fastcore.basics import listify
 from fastcore.foundation import L
-from huggingface_hub import constants, get_session
 from safetensors import SafetensorError
 from timm.models import adapt_input_conv, load_state_dict
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.model import unwrap_model
 from torch import nn
 import attn_diversity
+from .attention import hub_or_cache
 from .augment import EraseCallback, MixCallback
 from .bench import similar_archs
 from .callbacks import listed_callbacks
@@ -357,21 +357,6 @@ def find_recipe(
     return RECIPES[recipe]
 
 # %% ../nbs/22_learner.ipynb #c406cc60
-_HUB = threading.Lock() # the switch is the process's, so one thread at a time has it
-
-@contextmanager
-def _hub_or_cache(): # where the hub does not answer, its cache at once, not after a minute
-    with _HUB:
-        was = constants.HF_HUB_OFFLINE
-        try:
-            if not was: get_session().head(constants.ENDPOINT, timeout=5)
-        except Exception as e: # whatever its client raises without a network
-            print(f'{constants.ENDPOINT} does not answer ({type(e).__name__}): '
-                  'its cache is asked.')
-            constants.HF_HUB_OFFLINE = True
-        try: yield
-        finally: constants.HF_HUB_OFFLINE = was
-
 # a timm model; without a network the error says what to do
 
 def _create(arch, n_classes, img_size, pretrained, **kw):
@@ -380,7 +365,7 @@ def _create(arch, n_classes, img_size, pretrained, **kw):
         raise ValueError(f"timm has no model '{arch}'{run}. Similar: {similar_archs(arch)}; "
                          "timm.list_models() lists all.")
     try:
-        with _hub_or_cache() if pretrained else nullcontext():
+        with hub_or_cache() if pretrained else nullcontext():
             return timm.create_model(arch, pretrained=pretrained, num_classes=n_classes,
                                      img_size=img_size, **kw)
     except Exception as e:
@@ -598,10 +583,18 @@ def _amp(amp, device): # None, 'bfloat16' or 'float16'
     if amp=='auto':
         able = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         return 'bfloat16' if able else None
-    if amp and not cuda:
-        raise ValueError(f"amp={amp!r}: training in half precision needs a GPU, and this data "
-                         f"goes to {device}.")
+    if amp=='float16' and not cuda:
+        raise ValueError(f"amp={amp!r}: training in float16 needs a GPU, and this data goes to "
+                         f"{device}. 'bfloat16' works there, too.")
     return amp
+
+class HalfPrecision(MixedPrecision):
+    "fastai's mixed precision, in bfloat16 on other devices than GPUs of CUDA, too"
+    def before_fit(self):
+        device = self.dls.device.type
+        if device=='cuda': return super().before_fit()
+        self.autocast,self.scales = torch.autocast(device, torch.bfloat16),L()
+        self.learn.scaler = torch.amp.GradScaler(device, enabled=False)
 
 # %% ../nbs/22_learner.ipynb #c8ca5944
 _MADE = dict(arch=(str,type(None)), arch_args=dict, img_size=(int,list), classes=list,
@@ -808,7 +801,7 @@ def prune_learner(
     own = [CosineSchedule()] if schedule else []
     own += _taught(teacher, method, seen)+how.callbacks()
     if trained['amp']:
-        own.append(MixedPrecision('bf16' if trained['amp']=='bfloat16' else 'fp16'))
+        own.append(HalfPrecision('bf16' if trained['amp']=='bfloat16' else 'fp16'))
 
     with _undone_on_error(start.arch):
         model = thin_vit(start.arch, method, settings, seen.n, seen.size, start.stride,

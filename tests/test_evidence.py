@@ -5,7 +5,8 @@ from attn_diversity.evidence import probe, probe_runs, read_right
 
 here = Path(__file__).resolve().parent.parent
 shared = here.parent/'shared'
-sizes = dict(flowers=3817, hymenoptera=398, flowers_tuned=764, cifar10_tuned=10000)
+sizes = dict(flowers=3817, hymenoptera=398, flowers_tuned=764, cifar10_tuned=10000,
+             flowers_through=764, cifar10_through=10000)
 
 def interval(before, after): # Agresti and Min's, from the four counts
     counts = pd.crosstab(before, after).reindex(index=[False,True], columns=[False,True], fill_value=0)+.5
@@ -20,7 +21,7 @@ def test_tables_follow_from_the_answers(name):
     table,right = pd.read_csv(here/'results'/f'{name}.csv'),read_right(here/'results'/f'{name}_right.csv.gz')
     assert len(table)==len(right)
     for row in table.to_dict('records'):
-        of_seed = f' seed {row["seed"]}' if name.endswith('tuned') else ''
+        of_seed = f' seed {row["seed"]}' if name.endswith(('tuned','through')) else ''
         mine,first = (right[run+of_seed, row['question']] for run in (row['run'],'unpruned'))
         assert len(mine)==row['photographs'] and abs(len(mine)-sizes[name])<10
         assert np.isclose(row['accuracy'], 100*mine.sum()/len(mine))

@@ -381,7 +381,7 @@ def test_hub_that_does_not_answer(dls, monkeypatch, capsys):
     def create(*args, **kwargs):
         seen.append(constants.HF_HUB_OFFLINE)
         raise OSError('nothing in the cache')
-    monkeypatch.setattr('attn_diversity.learner.get_session', no_network)
+    monkeypatch.setattr('attn_diversity.attention.get_session', no_network)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(timm, 'create_model', create)
     with pytest.raises(RuntimeError, match="checkpoint='weights.safetensors'"):
