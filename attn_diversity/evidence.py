@@ -191,7 +191,8 @@ def probe(
         torch.manual_seed(seed)
         look = partial(picture_features, m, files, amp=amp)
         found = _kept(out/'features'/f"{data} {run['run']}.npy", look)
-        readers = readers or five_readers(found, labels, seed) # the first is the unpruned model
+        # the first is the unpruned model
+        readers = readers or five_readers(found, labels, seed)
         answers = probe_right(readers, found, labels)
         rights |= {(run['run'],question): right for question,right in answers.items()}
         rows.append({**run, 'GFLOPs': float(count_flops(m)), **about})
