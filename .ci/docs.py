@@ -28,13 +28,26 @@ def texts(nb):
             d = o.get('data', {})
             if 'text/markdown' in d: yield ''.join(d['text/markdown']), lambda s, d=d: d.update({'text/markdown': s})
 
+def one_line(source):
+    "Alternative text in one line: of an option with several lines nbdev keeps only those that look like an option"
+    lines = r'^#\| fig-alt: >-\n((?:#\|   .*\n)+)'
+    whole = lambda m: '#| fig-alt: '+json.dumps(' '.join(re.sub(r'^#\|', '', m[1], flags=re.M).split()), ensure_ascii=False)
+    return re.sub(lines, lambda m: whole(m)+'\n', source, flags=re.M)
+
 def process():
     """Processed notebooks in _proc. nbdev links every name in backticks: links that lead nowhere, and links inside
     code, become plain again"""
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
+    import nbdev.process as nbp
+    read = nbp.extract_directives
+    def with_whole_alt(cell, *args, **kwargs):
+        if cell.cell_type=='code': cell.source = one_line(cell.source)
+        return read(cell, *args, **kwargs)
     refresh_quarto_yml()
-    proc_nbs(n_workers=0)
+    nbp.extract_directives = with_whole_alt
+    try: proc_nbs(n_workers=0)
+    finally: nbp.extract_directives = read
     # its first line is the page's title already
     log = (root/'CHANGELOG.md').read_text(encoding='utf-8').partition('\n')[2]
     page = (root/'nbs'/'changelog.qmd').read_text(encoding='utf-8')
