@@ -30,9 +30,10 @@ def texts(nb):
 
 def one_line(source):
     "Alternative text in one line: of an option with several lines nbdev keeps only those that look like an option"
-    lines = r'^#\| fig-alt: >-\n((?:#\|   .*\n)+)'
-    whole = lambda m: '#| fig-alt: '+json.dumps(' '.join(re.sub(r'^#\|', '', m[1], flags=re.M).split()), ensure_ascii=False)
-    return re.sub(lines, lambda m: whole(m)+'\n', source, flags=re.M)
+    def joined(m):
+        text = ' '.join(re.sub(r'^#\|', '', m[1], flags=re.M).split())
+        return f'#| fig-alt: {json.dumps(text, ensure_ascii=False)}\n'
+    return re.sub(r'^#\| fig-alt: >-\n((?:#\|   .*\n)+)', joined, source, flags=re.M)
 
 def process():
     """Processed notebooks in _proc. nbdev links every name in backticks: links that lead nowhere, and links inside

@@ -129,6 +129,12 @@ def test_notebook_is_fit_to_read(nb):
             text = json.dumps({**o, 'data': data})
             assert not re.search(r'/(work|root|home|tmp)/|site-packages', text), f'a path of some machine: {text[:300]}'
         assert not re.search(r'/(work|root|home|tmp)/', source(c))
+        unseen = re.search(r'^#\|\s*(hide|export|exporti|echo:\s*false)\s*$', source(c), flags=re.M)
+        wide = [l for l in source(c).splitlines() if len(l)>(120 if unseen else 95)]
+        assert not wide, f'too wide for a page: {wide}'
+        # nbdev takes the first word of a line for an order to itself
+        orders = r'^#\|   (hide|hide_line|exec_doc|exports?|exporti|eval|echo|slow|cuda|notest|default_exp)\b'
+        assert not re.search(orders, source(c), flags=re.M)
 
 def test_a_failing_notebook_names_its_cell(tmp_path):
     "Of three one has a fault, and one ends its process"

@@ -33,6 +33,7 @@ look = """(() => {
     title: all('h1').map(h => h.textContent),
     below: document.querySelector('.subtitle, .description')?.textContent || '',
     side: [...document.querySelectorAll('#quarto-sidebar a.sidebar-link[href]')].map(a => a.href),
+    told: all('main img').map(i => i.alt),
     silent: all('main img').filter(i => !i.alt.trim() && !i.closest('button')).map(i => i.outerHTML.slice(0, 150)),
     named: all('main a').map(a => a.textContent.trim()),
     icon: all('link[rel=icon]').map(l => l.href), said: window.said,
@@ -250,6 +251,20 @@ def test_the_taught_code_is_on_the_page(site):
 
 def test_every_picture_has_words(site):
     for name,p in site.pages.items(): assert not p['silent'], f"{name}: no alternative text: {p['silent']}"
+
+def test_alternative_texts_come_whole(site):
+    "nbdev alone would keep the first of their lines"
+    n = 0
+    for f in sorted((root/'nbs').rglob('[!.]*.ipynb')):
+        if '.ipynb_checkpoints' in f.parts: continue
+        told = [' '.join(t.split()) for t in site.pages[page_of(f.relative_to(root/'nbs').as_posix())]['told']]
+        for c in json.loads(f.read_text(encoding='utf-8'))['cells']:
+            option = re.search(r'^#\| fig-alt:.*(\n#\|   .*)*', ''.join(c['source']), flags=re.M)
+            if c['cell_type']!='code' or not option or not c['outputs']: continue
+            n += 1
+            alt = yaml.safe_load(re.sub(r'^#\| ?', '', option[0], flags=re.M))['fig-alt']
+            assert alt in told, f'{f.name}: {alt[:80]}'
+    assert n>100
 
 def test_links_have_words(site):
     "A link's text is no file's name"
