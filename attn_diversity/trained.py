@@ -201,5 +201,6 @@ def evidence_command(
     else: table,_ = _evidence_of_frozen(photos, arch, checkpoint, rates, stride, img_size, seconds, out)
     told = ['run','seed','question','GFLOPs','photographs','accuracy','lost','lost low','lost high']
     print(table_text(table[told]), end='')
-    print(f'In {out}: a table, and which photographs each run told')
+    timed = ', and how fast each run is' if seconds else ''
+    print(f'In {out}: a table, and which photographs each run told{timed}')
     return table

@@ -1,7 +1,9 @@
 "The published answers of results/: the tables follow from them, and some rows can be run again"
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, safetensors.torch, timm, torch
+from PIL import Image
 from attn_diversity.evidence import probe, probe_runs, read_right
+from attn_diversity.trained import evidence_command
 
 here = Path(__file__).resolve().parent.parent
 shared = here.parent/'shared'
@@ -34,6 +36,24 @@ def test_methods_of_one_cost(name):
     table = pd.read_csv(here/'results'/f'{name}.csv')
     assert (table.GFLOPs/table.price-1).abs().max()<.04
     for column in ('commit','torch','timm','device','seed'): assert table[column].notna().all(), column
+
+def test_the_command_asks_a_frozen_vit_and_times_it(tmp_path, capsys):
+    "A file of weights, a folder of pictures; stopped and begun again it computes nothing twice"
+    model = timm.create_model('deit_tiny_patch16_224', img_size=64, num_classes=0)
+    safetensors.torch.save_file(model.state_dict(), tmp_path/'w.safetensors')
+    for i in range(20):
+        folder = tmp_path/'photos'/'ab'[i%2]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 255, (64,64,3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder/f'{i}.png')
+    asked = dict(arch='deit_tiny_patch16_224', checkpoint=str(tmp_path/'w.safetensors'), keep_rates='.5',
+                 img_size=64, out=str(tmp_path/'out'))
+    table = evidence_command(str(tmp_path/'photos'), seconds=.01, **asked)
+    speed = pd.read_csv(tmp_path/'out'/'speed.csv')
+    assert list(speed.run)==list(dict.fromkeys(table.run)) and 'how fast' in capsys.readouterr().out
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path/'out'/'features').glob('*.npy')}
+    pd.testing.assert_frame_equal(evidence_command(str(tmp_path/'photos'), **asked), table)
+    assert times=={f: f.stat().st_mtime_ns for f in times} and len(times)==9
 
 @pytest.mark.slow
 def test_some_rows_again(tmp_path):

@@ -388,3 +388,19 @@ def test_hub_that_does_not_answer(dls, monkeypatch, capsys):
         prune_learner(dls, 'vit_tiny_patch16_224')
     assert seen==[True] and constants.HF_HUB_OFFLINE is False
     assert 'does not answer (OSError): its cache is asked' in capsys.readouterr().out
+
+def test_example_vit_without_a_hub(monkeypatch):
+    "One short question, the cache, and then random weights that say so"
+    from attn_diversity.attention import example_vit
+    from huggingface_hub import constants
+    asked,make = [],timm.create_model
+    def no_network(): raise OSError('no route')
+    def create(name, pretrained=False, **kwargs):
+        asked.append((pretrained, constants.HF_HUB_OFFLINE))
+        if pretrained: raise OSError('nothing in the cache')
+        return make(name, **kwargs)
+    monkeypatch.setattr('attn_diversity.attention.get_session', no_network)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(timm, 'create_model', create)
+    with pytest.warns(UserWarning, match='SKIPPED trained weights'): model = example_vit('none.safetensors')
+    assert not model.trained and asked==[(True,True),(False,False)]
