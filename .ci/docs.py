@@ -47,7 +47,7 @@ def process():
         return read(cell, *args, **kwargs)
     refresh_quarto_yml()
     nbp.extract_directives = with_whole_alt
-    try: proc_nbs(n_workers=0)
+    try: proc_nbs(n_workers=0, force=True) # what an older version of this file made is never taken for new
     finally: nbp.extract_directives = read
     # its first line is the page's title already
     log = (root/'CHANGELOG.md').read_text(encoding='utf-8').partition('\n')[2]

@@ -4,7 +4,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 # a file is one worker's, so those that take longest come first (Makefile: --no-loadscope-reorder)
-longest = ('test_site','test_training','test_families','test_properties','test_commands','test_habits')
+longest = ('test_site','test_export','test_training','test_commands','test_families','test_mechanism','test_evidence',
+           'test_explorer','test_properties','test_habits')
 
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes, run by `make test-slow`')
 

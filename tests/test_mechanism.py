@@ -1,6 +1,7 @@
 "What the one mechanism promises for every method: threads, copies, checkpointing, wrappers, devices, masks, hooks."
 import copy, pickle, subprocess, sys, textwrap
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 import pytest, timm, torch
 from torch import nn
 from attn_diversity.dynamicvit import decisions
@@ -51,9 +52,11 @@ def test_eight_threads(method):
     wrong = [key for key,y in together if y.shape!=alone[key].shape or not torch.allclose(y, alone[key], atol=1e-4)]
     assert len(together)>=200+160 and not wrong, f'{len(wrong)} of {len(together)}'
 
+names = ('deit_tiny_patch16_224','vit_small_patch16_dinov3')
+
 @pytest.mark.parametrize('method', settings)
-@pytest.mark.parametrize('name', ['deit_tiny_patch16_224','vit_small_patch16_dinov3'])
-def test_copies_pickles_and_wrappers(method, name, tmp_path):
+@pytest.mark.parametrize('name', names)
+def test_copies_and_wrappers(method, name):
     model,x = reduced(method, name, img_size=64),torch.randn(2,3,64,64)
     want = model(x)
     others = dict(deepcopy=copy.deepcopy(model), pickle=pickle.loads(pickle.dumps(model)))
@@ -61,19 +64,30 @@ def test_copies_pickles_and_wrappers(method, name, tmp_path):
         torch.testing.assert_close(other(x), want, rtol=0, atol=1e-6, msg=how)
         set_rate(other, 0 if method in merging else 1)
         restore_vit(other)
-    torch.save(model, tmp_path/'whole.pt')
-    script = f"""
-        import torch
-        m = torch.load({str(tmp_path/'whole.pt')!r}, weights_only=False)
-        torch.save(m(torch.load({str(tmp_path/'x.pt')!r})), {str(tmp_path/'y.pt')!r})"""
-    torch.save(x, tmp_path/'x.pt')
-    subprocess.run([sys.executable, '-c', textwrap.dedent(script)], check=True) # a process that has made no such class
-    torch.testing.assert_close(torch.load(tmp_path/'y.pt'), want, rtol=0, atol=1e-6)
     torch.testing.assert_close(model(x), want, rtol=0, atol=0)
     torch.testing.assert_close(nn.DataParallel(model)(x), want, rtol=0, atol=1e-6)
 
+def test_pickles_in_a_fresh_process(tmp_path):
+    "One that has made no such class"
+    want = {}
+    for name,method in product(names, settings):
+        model,x = reduced(method, name, img_size=64),torch.randn(2,3,64,64)
+        want[f'{name} {method}'] = model(x)
+        torch.save((model,x), tmp_path/f'{name} {method}.pt')
+    script = """
+        import sys, torch
+        from pathlib import Path
+        def answer(f):
+            model,x = torch.load(f, weights_only=False)
+            return model(x)
+        torch.save({f.stem: answer(f) for f in Path(sys.argv[1]).glob('*.pt')}, sys.argv[2])"""
+    subprocess.run([sys.executable, '-c', textwrap.dedent(script), tmp_path, tmp_path/'answers'], check=True)
+    got = torch.load(tmp_path/'answers')
+    assert set(got)==set(want)
+    for how in want: torch.testing.assert_close(got[how], want[how], rtol=0, atol=1e-6, msg=how)
+
 @pytest.mark.parametrize('method', settings)
-@pytest.mark.parametrize('name', ['deit_tiny_patch16_224','vit_small_patch16_dinov3'])
+@pytest.mark.parametrize('name', names)
 def test_gradient_checkpointing_with_masks(method, name):
     "A block may run twice"
     model,x = reduced(method, name, img_size=64),torch.randn(2,3,64,64)
