@@ -62,7 +62,7 @@ def wait(f, what, seconds=90):
         try:
             if found := f(): return found
         except (OSError, ValueError): pass
-        time.sleep(.1)
+        time.sleep(.02)
     raise AssertionError(f'not within {seconds} s: {what}')
 
 def free_port():
