@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ['OMP_NUM_THREADS'] = '1' # threads do not survive a fork, and would be in each other's way
 try: socket.create_connection(('huggingface.co', 443), 5).close()
 except OSError: os.environ.setdefault('HF_HUB_OFFLINE', '1') # else who asks for weights tries for minutes, each time
-import matplotlib.pyplot, pandas, scipy.stats, sklearn.metrics, timm # noqa: F401 (here for the forks)
+import fvcore.nn, matplotlib.pyplot, pandas, scipy.stats, sklearn.datasets, sklearn.metrics, timm # noqa: F401 (for the forks)
 import nbdev.test
 from execnb.shell import CaptureShell
 from nbdev.config import get_config
