@@ -40,7 +40,7 @@ def test_methods_of_one_cost(name):
     for column in ('commit','torch','timm','device','seed'): assert table[column].notna().all(), column
 
 def test_the_command_asks_a_frozen_vit_and_times_it(tmp_path, capsys, monkeypatch):
-    "A file of weights, a folder of pictures; stopped and begun again it computes nothing twice. (Three methods of seven)"
+    "A file of weights, a folder of pictures; begun again it computes nothing twice. (Three methods of seven)"
     monkeypatch.setattr(trained, 'probe_runs', partial(probe_runs, methods=('variance','random','fold')))
     model = timm.create_model('deit_tiny_patch16_224', img_size=64, num_classes=0)
     safetensors.torch.save_file(model.state_dict(), tmp_path/'w.safetensors')
