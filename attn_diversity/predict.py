@@ -112,7 +112,7 @@ def answers(
 def _tell(left_out, n): # what could not be read
     said = name_some([f'{f} ({why})' for f,why in left_out.items()], 5)
     if left_out and len(left_out)==n:
-        raise ValueError(f"None of the {n} files can be read as a picture: {said}")
+        raise ValueError(f"Nothing can be read as a picture, of {n} given: {said}")
     if left_out:
         warnings.warn(f"Left out {len(left_out)} of {n} files, which cannot be read: {said}",
                       stacklevel=4)
