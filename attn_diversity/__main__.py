@@ -21,6 +21,7 @@ COMMANDS = { # name: where its function is, and an example of what to type behin
     'evaluate': ('trained:evaluate_command', 'runs/first photos --keep_rates 1,0.9,0.7,0.5'),
     'choose': ('trained:choose_command', 'runs/first photos --loss 0.5 --out runs/fast'),
     'export': ('trained:export_command', 'runs/first --onnx'),
+    'share': ('trained:share_command', 'runs/first you/birds --license mit'),
     'evidence': ('trained:evidence_command', 'photos --checkpoint weights.safetensors'),
     'bench': ('commands:bench', '--archs deit_small_patch16_224 --keep_rates 0.9,0.7,0.5'),
     'prepare': ('commands:prepare_command', 'photos photos_256 --short_side 256'),

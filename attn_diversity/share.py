@@ -327,6 +327,7 @@ def push_vit(
     files = {'model.safetensors': folder/'model.safetensors', 'model.json': made.encode(),
              'README.md': str(text).encode()}
     with _hub(repo_id, 'write to'):
+        if '/' not in repo_id: raise HFValidationError('whose is it?')
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.create_commit(repo_id, [CommitOperationAdd(n, f) for n,f in files.items()],

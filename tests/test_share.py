@@ -9,6 +9,7 @@ from attn_diversity.data import digits_dls, seen_by
 from attn_diversity.learner import load_vit, prune_learner, save_vit
 from attn_diversity.methods import METHODS, method_config, reduce_vit
 from attn_diversity.predict import predict
+from conftest import say
 
 class Hub(BaseHTTPRequestHandler):
     "What huggingface_hub asks of a hub to make a repository, commit small files to it and fetch them"
@@ -104,6 +105,23 @@ def test_there_and_back(run, hub):
     hub.server_close() # once fetched, it is there without a network
     hub.shutdown()
     assert share.pull_folder('ada/digits').is_dir()
+
+def test_each_by_one_command(run, hub, monkeypatch, tmp_path):
+    "Shared, and asked, measured and exported by its name"
+    monkeypatch.setenv('HF_TOKEN', 'hf_x')
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32,32,3), dtype=np.uint8)).save('a.png')
+    shared = say('attn_diversity_share', run, 'ada/digits', '--license', 'mit')
+    assert not shared.stderr and 'attn_diversity_predict hf:ada/digits' in shared.stdout, shared
+    assert b'license: mit' in hub.repos['ada/digits']['README.md']
+    here,there = (say('attn_diversity_predict', r, 'a.png', '--form', 'csv') for r in (run,'hf:ada/digits'))
+    assert here.stdout==there.stdout and there.returncode==0, (here, there)
+    exported = say('attn_diversity_export', 'hf:ada/digits', '--torch', '--seconds', 0)
+    assert exported.returncode==0 and (tmp_path/'digits'/'model.pt2').is_file(), exported
+    for words,said in ((('share', run/'gone', 'ada/digits'), 'gone'), (('share', run, 'digits'), "'ada/digits'"),
+                       (('predict', 'hf:ada/gone', 'a.png'), 'The hub has no ada/gone')):
+        refused = say(f'attn_diversity_{words[0]}', *words[1:])
+        assert refused.returncode==1 and said in refused.stderr and 'Traceback' not in refused.stderr, refused
 
 def test_own_words_and_no_rights(run, hub):
     (run/'README.md').write_text('my own words')
