@@ -1,7 +1,6 @@
-"""Run notebooks, each in a process of its own, forked from this one, where heavy packages are imported already: that
-saves four to eight seconds of processor time a notebook. Those before 14_data come before the rest: they must do
-without fastai, which patches tensors. Of each kind the slowest come first, so that none of them is waited for. A
-failing cell is named by its number; what a notebook took is printed."""
+"""Run notebooks, each in a process of its own, forked from this one, where heavy packages are imported already (not
+fastai, which patches tensors): that saves four seconds of processor time a notebook. The slowest come first, so that
+none of them is waited for. A failing cell is named by its number; what a notebook took is printed."""
 import argparse, os, resource, socket, sys, time
 from functools import partial
 from multiprocessing import get_context
@@ -38,14 +37,12 @@ def main():
     args = parser.parse_args()
     found = [f.resolve() for f in args.notebooks] or [f for f in sorted((root/'nbs').rglob('*.ipynb'))
                                                       if '.ipynb_checkpoints' not in f.parts]
-    trains = {f: f.stem>='14_data' for f in found} # tutorials, too
-    found.sort(key=lambda f: (trains[f], slowest.index(f.stem) if f.stem in slowest else len(slowest)))
+    found.sort(key=lambda f: slowest.index(f.stem) if f.stem in slowest else len(slowest))
     os.chdir(root)
     skipped = set(get_config().tst_flags.split())-set(args.flags.split())
     fork,running,failed = get_context('fork'),{},[]
     while found or running:
         while found and len(running)<args.jobs:
-            if trains[found[0]]: import fastai.vision.all # noqa: F401
             p = fork.Process(target=run, args=(found[0], skipped))
             p.start()
             running[p.sentinel] = p,found.pop(0)

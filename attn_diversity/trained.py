@@ -150,7 +150,8 @@ def export_command(
     kinds = [k for k,wanted in dict(onnx=onnx, torch=torch, int8=int8).items() if wanted]
     if not kinds: raise ValueError("Which file is wanted? Give onnx=True, torch=True, int8=True, or several of them.")
     model = load_vit(_near(run))
-    out = free_folder(out or _name(run).rpartition('/')[2] or run, overwrite, [f'model{KINDS[k]}' for k in kinds])
+    if out is None: out = _name(run).rpartition('/')[2] or run
+    out = free_folder(out, overwrite, [f'model{KINDS[k]}' for k in kinds])
     out.mkdir(parents=True, exist_ok=True)
     files = [export_vit(model, out/f'model{KINDS[k]}', k) for k in kinds]
     table = compare_exports(model, files, batch_size=batch_size, seconds=seconds)

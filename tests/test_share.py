@@ -4,7 +4,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub, numpy as np, pytest, timm, torch
 from huggingface_hub import constants
 from PIL import Image
-from attn_diversity import share
+from attn_diversity import share, trained
 from attn_diversity.data import digits_dls, seen_by
 from attn_diversity.learner import load_vit, prune_learner, save_vit
 from attn_diversity.methods import METHODS, method_config, reduce_vit
@@ -118,6 +118,24 @@ def test_each_by_one_command(run, hub, monkeypatch, tmp_path):
     assert here.stdout==there.stdout and there.returncode==0, (here, there)
     exported = say('attn_diversity_export', 'hf:ada/digits', '--torch', '--seconds', 0)
     assert exported.returncode==0 and (tmp_path/'digits'/'model.pt2').is_file(), exported
+    for i in range(20):
+        folder = tmp_path/'photos'/str(i%10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.open('a.png').rotate(9*i).save(folder/f'{i}.png')
+    asked = 'hf:ada/digits','photos','--seconds',0
+    measured,by_folder = (say('attn_diversity_evaluate', r, *asked[1:], '--out', o)
+                          for r,o in ((asked[0],'m1'),(run,'m2')))
+    assert measured.returncode==by_folder.returncode==0, (measured, by_folder)
+    assert (tmp_path/'m1'/'photographs.csv').read_text()==(tmp_path/'m2'/'photographs.csv').read_text()
+    real = trained.choose
+    def something(*args, **kw): # chosen, whatever is faster today
+        found = real(*args, **kw)
+        return found._replace(setting={**found.setting, 'method': 'tome'})
+    monkeypatch.setattr(trained, 'choose', something)
+    chosen = say('attn_diversity_choose', *asked, '--loss', 90, '--methods', 'tome', '--keep_rates', .5,
+                 '--out', 'fast')
+    assert chosen.returncode==0, chosen
+    assert json.loads((tmp_path/'fast'/'model.json').read_text())['info']['chosen_from']=='hf:ada/digits'
     for words,said in ((('share', run/'gone', 'ada/digits'), 'gone'), (('share', run, 'digits'), "'ada/digits'"),
                        (('predict', 'hf:ada/gone', 'a.png'), 'The hub has no ada/gone')):
         refused = say(f'attn_diversity_{words[0]}', *words[1:])
