@@ -4,7 +4,8 @@ BIN = .venv/bin
 INSTALLED = .venv/.installed
 JOBS ?= 2
 NBTEST = $(BIN)/python .ci/notebooks.py --jobs $(JOBS)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 15
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 15 \
+	-o tmp_path_retention_policy=failed -o tmp_path_retention_count=1
 
 .PHONY: help install install-locked lock licences audit sbom wheel demo gauge gpu test test-slow export readme docs clean
 

@@ -1,7 +1,8 @@
 """Run notebooks, each in a process of its own, forked from this one, where heavy packages are imported already (not
 fastai, which patches tensors): that saves four seconds of processor time a notebook. The slowest come first, so that
-none of them is waited for. A failing cell is named by its number; what a notebook took is printed."""
-import argparse, os, resource, socket, sys, time
+none of them is waited for. A failing cell is named by its number; what a notebook took is printed. What it leaves in
+its temporary folder, photographs and models, is removed."""
+import argparse, gc, os, resource, shutil, socket, sys, tempfile, time
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -19,9 +20,10 @@ slowest = ('22_learner','13_methods','06_pruning','29_resume','16_anatomy','11_m
            '19_callbacks') # come first; a name that is gone does no harm
 nbdev.test.CaptureShell = partial(CaptureShell, mpl_format='png') # figures are drawn, in a quarter of the pixels
 
-def run(f, skipped):
+def run(f, skipped, tmp):
     "Exits with 0 if every cell ran; else the traceback names the cell"
     start = time.time()
+    os.environ['TMPDIR'] = tempfile.tempdir = tmp
     passed,_ = nbdev.test.test_nb(f, skip_flags=skipped, basepath=root)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"{'passed' if passed else 'FAILED'} {os.path.relpath(f, root)}: {time.time()-start:.0f} s, "
@@ -40,15 +42,19 @@ def main():
     found.sort(key=lambda f: slowest.index(f.stem) if f.stem in slowest else len(slowest))
     os.chdir(root)
     skipped = set(get_config().tst_flags.split())-set(args.flags.split())
+    gc.collect()
+    gc.freeze() # what is imported is not searched for garbage again and again, in every notebook
     fork,running,failed = get_context('fork'),{},[]
     while found or running:
         while found and len(running)<args.jobs:
-            p = fork.Process(target=run, args=(found[0], skipped))
+            tmp = tempfile.mkdtemp()
+            p = fork.Process(target=run, args=(found[0], skipped, tmp))
             p.start()
-            running[p.sentinel] = p,found.pop(0)
+            running[p.sentinel] = p,found.pop(0),tmp
         for s in wait(list(running)):
-            p,f = running.pop(s)
+            p,f,tmp = running.pop(s)
             p.join()
+            shutil.rmtree(tmp, ignore_errors=True)
             name = os.path.relpath(f, root)
             if p.exitcode: failed.append(name if p.exitcode==1 else f'{name} ended with {p.exitcode}')
     if failed: raise SystemExit(f"Failed, {len(failed)}: {', '.join(failed)}")

@@ -9,6 +9,7 @@ __all__ = ['METHODS', 'Method', 'method_name', 'find_method', 'reduce_vit', 'met
 # %% ../nbs/13_methods.ipynb #8b7c0d90
 import copy
 import numpy as np, pandas as pd, torch
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from scipy import stats
@@ -171,14 +172,19 @@ def match_flops(
         key = tokens(value)
         if key not in known: known[key] = float(count_flops(twin, img_size))
         return known[key]
-    low,high = 0,len(values)-1
+    def size(value): return sum(tokens(value))
+    low,high,tried = 0,len(values)-1,0
     least,most = cost(values[low]),cost(values[high])
     if not .99*least<=gflops<=1.01*most:
         raise ValueError(f"gflops={gflops:g}: {row.title} reaches {least:.2f} to {most:.2f} "
                          "GFLOPs with this model and image size.")
     while high-low>1: # cost of low <= gflops <= cost of high
-        mid = (low+high)//2
+        ends = values[low],values[high]
+        aim = np.interp(gflops, [cost(v) for v in ends], [size(v) for v in ends])
+        mid = max(bisect_right(values, aim, low+1, high, key=size)-1, low+1)
+        if tried>5: mid = (low+high)//2 # a reducer whose cost is far from a line
         low,high = (mid,high) if cost(values[mid])<=gflops else (low,mid)
+        tried += 1
     found = min((values[low], values[high]), key=lambda v: abs(cost(v)-gflops))
     if not isinstance(found, float): return {knob: found}
     # 0.7 rather than 0.695, if it keeps as many tokens

@@ -1,7 +1,8 @@
 "What all test files share"
-import io
+import gc, io, os, shutil, tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
+import pytest
 
 # a file is one worker's, so those that take longest come first (Makefile: --no-loadscope-reorder)
 longest = ('test_site','test_export','test_training','test_commands','test_families','test_mechanism','test_evidence',
@@ -11,6 +12,18 @@ def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes mi
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda i: longest.index(i.path.stem) if i.path.stem in longest else len(longest))
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze() # what is imported is not searched for garbage again and again
+
+@pytest.fixture(scope='session', autouse=True)
+def nothing_left_behind(tmp_path_factory):
+    "What is not in pytest's folder but in the machine's for temporary files is removed: logs of torchrun, kernels"
+    tmp_path_factory.getbasetemp()
+    os.environ['TMPDIR'] = tempfile.tempdir = tempfile.mkdtemp()
+    yield
+    shutil.rmtree(tempfile.tempdir, ignore_errors=True)
 
 def say(*args):
     "A command in this process, which saves the seconds of another's imports"

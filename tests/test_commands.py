@@ -199,7 +199,7 @@ def test_a_sweep_with_a_failed_run_fails(monkeypatch, tmp_path):
     assert r.returncode==1 and '1 of 3 runs are done' in r.stdout and '2 runs failed (b, c): error.txt' in r.stderr
 
 def test_demo_in_its_shortest_form(tmp_path, monkeypatch):
-    monkeypatch.setattr('attn_diversity.commands.digits_dls', partial(digits_dls, valid_pct=.8))
+    monkeypatch.setattr('attn_diversity.commands.digits_dls', partial(digits_dls, valid_pct=.9))
     r = say('attn_diversity_demo', '--epochs', '1', '--tune_epochs', '1', '--out', tmp_path/'demo')
     assert r.returncode==0, r.stderr
     assert not re.search('[\r█]', r.stdout) and len(r.stdout.splitlines())<=3*3+9 # three epochs, steps and the table

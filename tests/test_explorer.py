@@ -17,6 +17,7 @@ class Page:
     def __init__(self, url, folder, size=(1200,1000)):
         args = ['--headless=new','--no-sandbox','--disable-gpu','--disable-dev-shm-usage','--no-first-run',
                 '--remote-debugging-port=0','--remote-allow-origins=*',f'--user-data-dir={folder}',
+                '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1', # else what is elsewhere is waited for
                 f'--window-size={size[0]},{size[1]}','about:blank']
         self.process = subprocess.Popen([chromium, *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         said = folder/'DevToolsActivePort'

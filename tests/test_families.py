@@ -36,6 +36,7 @@ one_a_family = { # architecture: settings beside the small ones
 elsewhere = ('open_clip','Dinov2WithRegisters','DINOv3ViT','SiglipVision','CLIPVision') # of open_clip and transformers
 
 no_init = patch('timm.layers.weight_init._trunc_normal_', lambda tensor, *args: tensor) # it is slow without weights
+no_linear_init = patch('torch.nn.Linear.reset_parameters', lambda self: None)
 
 @cache
 def sketch(name, **kw):
@@ -43,7 +44,7 @@ def sketch(name, **kw):
     for size in (64, 70, 96):
         for args in (dict(t, img_size=size, **kw) for t in tries):
             try:
-                with warnings.catch_warnings(), torch.device('meta'), no_init:
+                with warnings.catch_warnings(), torch.device('meta'), no_init, no_linear_init:
                     warnings.simplefilter('ignore')
                     model = timm.create_model(name, **args)
             except (AssertionError, TypeError, ValueError, RuntimeError): continue

@@ -106,22 +106,25 @@ class Site:
             self.page = Page('about:blank', folder)
             self.page('Page.enable')
             self.page('Page.addScriptToEvaluateOnNewDocument', source=listens)
+            self.size(1400)
+            schemes = ['dark','light']
             for f in sorted(docs.rglob('*.html')):
                 name = f.relative_to(docs).as_posix()
                 self.open(name)
                 wait(lambda: self.page.js(loaded), f'the pictures of {name} come')
                 self.pages[name] = self.page.js(look)
+                self.page.js("document.head.append(Object.assign(document.createElement('style'), "
+                             "{textContent: '*{transition:none!important}'}))")
+                schemes.reverse() # begins with that of the page before
+                for scheme in schemes:
+                    self.scheme(scheme)
+                    self.pages[name][scheme] = self.page.js(contrast)
+                self.pages[name]['scrolls'] = self.page.js(scrolls)
                 self.size(phone)
                 self.pages[name]['narrow'] = self.page.js(narrow)
                 self.size(1400)
-                self.pages[name]['scrolls'] = self.page.js(scrolls)
-                self.page.js("document.head.append(Object.assign(document.createElement('style'), "
-                             "{textContent: '*{transition:none!important}'}))")
-                for scheme in ('light','dark'):
-                    self.scheme(scheme)
-                    self.pages[name][scheme] = self.page.js(contrast)
-                self.scheme('light')
-                self.size(1200)
+            self.scheme('light')
+            self.size(1200)
             self.lost = self.pages.pop('404.html')
         except BaseException:
             self.server.shutdown()

@@ -66,6 +66,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch):
         set_seed(0)
         # 359 validation digits: the last batch of 29 is no equal share
         dls = digits_dls(32, batch_size=30, augment=False)
+        dls.train.n = 480
         def place(a): return torch.arange(a.shape[-1], dtype=torch.float32).expand(len(a), -1)
         learn = prune_learner(dls, 'vit_tiny_patch16_224', place, .5, fuse=False, pretrained=False, lr=1e-3,
                               patch_size=8, embed_dim=48, depth=4, num_heads=3)
@@ -87,7 +88,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     speed = [pd.read_csv(tmp_path/n/'history.csv') for n in ('one','two')]
     for s in speed: # images of all processes, over the seconds of the epoch: an upper bound of either clock
-        assert (s['img/s']*s.seconds >= 1430*.5).all(), s
+        assert (s['img/s']*s.seconds >= 480*.5).all(), s
 
 def test_the_command_in_two_processes(tmp_path):
     said = finish(start(*accelerate, '-m', 'attn_diversity', 'train', *small, '--out', tmp_path/'run', '--epochs', 1,
@@ -175,7 +176,7 @@ def test_twenty_kills_lose_nothing_but_the_epoch_under_way(tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_two_workers_share_a_sweep(tmp_path):
     """Each run of Table 2 is done once, by one of them. Both are children of a process that has only imported, and
-    see every fifth digit; images a second are timed for a moment."""
+    see every tenth digit; images a second are timed for a moment."""
     script = tmp_path/'workers.py'
     script.write_text(textwrap.dedent('''
         import os, sys
@@ -183,9 +184,9 @@ def test_two_workers_share_a_sweep(tmp_path):
         from attn_diversity.__main__ import main
         def few(*args, make=experiments.digits_dls, **kw):
             dls = make(*args, **kw)
-            for dl in dls.loaders: dl.n //= 5
+            for dl in dls.loaders: dl.n //= 10
             return dls
-        def moment(*args, measure=experiments.throughput, seconds, **kw): return measure(*args, seconds=.05, **kw)
+        def moment(models, batch_size, seconds, measure=experiments.throughput): return measure(models, 8, seconds=0)
         experiments.digits_dls,experiments.throughput = few,moment
         children = []
         for name in sys.argv[1:3]:
