@@ -173,7 +173,7 @@ def match_flops(
         if key not in known: known[key] = float(count_flops(twin, img_size))
         return known[key]
     def size(value): return sum(tokens(value))
-    low,high,tried = 0,len(values)-1,0
+    low,high = 0,len(values)-1
     least,most = cost(values[low]),cost(values[high])
     if not .99*least<=gflops<=1.01*most:
         raise ValueError(f"gflops={gflops:g}: {row.title} reaches {least:.2f} to {most:.2f} "
@@ -182,9 +182,8 @@ def match_flops(
         ends = values[low],values[high]
         aim = np.interp(gflops, [cost(v) for v in ends], [size(v) for v in ends])
         mid = max(bisect_right(values, aim, low+1, high, key=size)-1, low+1)
-        if tried>5: mid = (low+high)//2 # a reducer whose cost is far from a line
+        if len(known)>7: mid = (low+high)//2 # a reducer whose cost is far from a line
         low,high = (mid,high) if cost(values[mid])<=gflops else (low,mid)
-        tried += 1
     found = min((values[low], values[high]), key=lambda v: abs(cost(v)-gflops))
     if not isinstance(found, float): return {knob: found}
     # 0.7 rather than 0.695, if it keeps as many tokens
