@@ -3,6 +3,7 @@ import ast, json, os, re, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import nbformat, pytest, yaml
+from filelock import FileLock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -156,7 +157,7 @@ def test_readme_is_the_index():
     cwd = os.getcwd()
     try:
         os.chdir(root)
-        text,pictures = readme()
+        with FileLock('_proc.lock'): text,pictures = readme() # the site is made there, too (test_site.py)
     finally: os.chdir(cwd)
     assert (root/'README.md').read_text(encoding='utf-8')==text, 'run make readme'
     for name,data in pictures.items(): assert (root/name).read_bytes()==data

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urldefrag, urlsplit
 import pytest, yaml
+from filelock import FileLock
 from attn_diversity.methods import reduce_vit, twin_of
 from attn_diversity.reduce import reducers_of, token_counts
 from PIL import Image
@@ -96,7 +97,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 class Site:
     "The built site, served, with one browser"
     def __init__(self, folder):
-        r = subprocess.run([sys.executable, root/'.ci'/'docs.py', 'smalldocs'], capture_output=True, text=True)
+        make = [sys.executable, root/'.ci'/'docs.py', 'smalldocs']
+        with FileLock(root/'_proc.lock'): r = subprocess.run(make, capture_output=True, text=True)
         assert r.returncode==0, r.stderr
         self.warnings = [l for l in r.stderr.splitlines() if l.startswith('warning:')]
         self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=docs))
